@@ -1,0 +1,1 @@
+"""Types, errors, configuration and wire messages that every other package may use."""

@@ -1,0 +1,71 @@
+"""Notices clients that have gone.
+
+Triton tells a Python model about a cancellation only when asked, and asking is a round trip between processes: one
+thread asks for all open requests, a few times a second, so that no event loop blocks.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from kelp.core.exchange import Exchange
+
+
+@dataclass(frozen=True, eq=False)
+class _Watched:
+    exchange: Exchange
+    on_cancel: Callable[[], object]
+
+
+class CancelWatch:
+    """The polling thread."""
+
+    def __init__(self, poll_s: float) -> None:
+        self._poll_s = poll_s
+        self._lock = threading.Lock()
+        self._watched: set[_Watched] = set()
+        self._has_work = threading.Event()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="kelp-cancel-watch", daemon=True)
+        self._thread.start()
+
+    @contextmanager
+    def watching(self, exchange: Exchange, on_cancel: Callable[[], object]) -> Iterator[None]:
+        """Call `on_cancel`, once and from the watch thread, if the client goes while the block runs."""
+        watched = _Watched(exchange, on_cancel)
+        with self._lock:
+            self._watched.add(watched)
+            self._has_work.set()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._watched.discard(watched)
+
+    def close(self) -> None:
+        """Stop the thread."""
+        self._stopping.set()
+        self._has_work.set()
+        self._thread.join(timeout=5.0)
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            self._has_work.wait()
+            self._poll()
+            self._stopping.wait(self._poll_s)
+
+    def _poll(self) -> None:
+        with self._lock:
+            watched = list(self._watched)
+            if not watched and not self._stopping.is_set():
+                self._has_work.clear()
+        for item in watched:
+            if item.exchange.is_cancelled():
+                with self._lock:
+                    is_open = item in self._watched
+                    self._watched.discard(item)
+                if is_open:
+                    item.on_cancel()

@@ -1,0 +1,200 @@
+"""The one configuration schema.
+
+Read from one YAML file (`KELP_CONFIG` names it; `kelp serve` writes one per run) and, on top of it, from the
+`parameters` of a model's config.pbtxt, whose keys are dotted field names (`executor.num_blocks`). Unknown keys
+are refused. `kelp doctor` prints the effective values.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kelp.core.errors import ConfigError
+
+CONFIG_ENV = "KELP_CONFIG"
+"""The only environment variable that kelp itself reads: path of the YAML file."""
+
+_Positive = Annotated[float, Field(gt=0)]
+_Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+def default_cache_folder() -> Path:
+    """Where converted models and the Triton layout live."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "kelp"
+
+
+def default_registry_folder() -> Path:
+    """Registry of servers started without a config file: one per user and host."""
+    return Path(tempfile.gettempdir()) / f"kelp-{os.getuid()}" / "registry"
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(_Group):
+    """Which model is served."""
+
+    path: Path = Field(default_factory=lambda: default_cache_folder() / "models" / "default")
+    """Hugging Face folder (config.json, tokenizer.json, *.safetensors); `make setup` prepares the default."""
+
+
+class ExecutorConfig(_Group):
+    """How one worker runs the model."""
+
+    engine: Literal["torch"] = "torch"
+    """Which executor implementation."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of weights and KV."""
+    device: str = "auto"
+    """`auto` (CUDA where present), `cpu` or `cuda:<n>`."""
+    block_size: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Tokens per KV block."""
+    num_blocks: Annotated[int, Field(ge=0)] = 0
+    """KV blocks per worker; 0 sizes the pool for `kv_memory_fraction` of free memory, 4096 at most on CPU."""
+    kv_memory_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of free memory that an automatically sized pool takes."""
+    max_model_tokens: Annotated[int, Field(ge=0)] = 0
+    """Prompt plus output limit; 0 takes the model's own."""
+    max_step_tokens: Annotated[int, Field(ge=1)] = 512
+    """Token budget of one step: decodes first, the rest is prefill chunk."""
+    max_running: Annotated[int, Field(ge=1)] = 64
+    """Sequences per step."""
+    max_waiting: Annotated[int, Field(ge=1)] = 512
+    """Queued sequences beyond which a request is refused with KELP_OVERLOADED."""
+    threads: Annotated[int, Field(ge=0)] = 0
+    """CPU threads of the engine; 0 divides the cores among the workers that share them."""
+    enable_prefix_cache: bool = True
+    """Reuse blocks of equal prefixes."""
+
+
+class HandoffConfig(_Group):
+    """KV handoff between prefill and decode workers."""
+
+    transport: Literal["nixl", "local"] = "nixl"
+    """`local` works inside one process only and exists for tests."""
+    host: str = "127.0.0.1"
+    """Address the handoff service binds and announces."""
+    lease_ttl_s: _Positive = 10.0
+    """Blocks of a finished prefill are held this long without a heartbeat of the reader."""
+    transfer_timeout_s: _Positive = 30.0
+    """A READ that takes longer is abandoned and its memory quarantined."""
+    attach_timeout_s: _Positive = 5.0
+    """How long a decode worker tries to reach the prefill worker."""
+
+
+class RouterConfig(_Group):
+    """The `llm` model."""
+
+    policy: Literal["least-loaded", "round-robin"] = "least-loaded"
+    """How a worker is chosen."""
+    disaggregation: Literal["auto", "always", "never"] = "auto"
+    """`auto` uses a prefill worker where one is ready; `always` refuses without one."""
+    default_deadline_s: _Positive = 600.0
+    """Deadline of requests without `deadline_ms`."""
+    idle_timeout_s: _Positive = 60.0
+    """A worker stream silent for this long counts as lost."""
+    max_prefill_retries: Annotated[int, Field(ge=0, le=10)] = 1
+    """Other prefill workers tried before the decode worker computes the prompt itself."""
+    max_request_bytes: Annotated[int, Field(ge=1024)] = 8 * 1024 * 1024
+    """Refuse larger prompts before looking at them."""
+    max_stop_words: Annotated[int, Field(ge=1)] = 64
+    """Entries in `stop_words` and in `bad_words`."""
+    cancel_poll_s: _Positive = 0.05
+    """How often Triton is asked whether the client has gone."""
+
+
+class RegistryConfig(_Group):
+    """Where workers find each other."""
+
+    path: Path = Field(default_factory=default_registry_folder)
+    """Directory of worker records, one file each."""
+    heartbeat_s: _Positive = 1.0
+    """How often a worker renews its record."""
+    expiry_s: _Positive = 5.0
+    """A record older than this belongs to a dead worker."""
+
+
+class ServerConfig(_Group):
+    """The tritonserver that a model runs in."""
+
+    host: str = "127.0.0.1"
+    """Address workers announce to routers."""
+    grpc_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Triton's gRPC port; 0 reads it off the parent tritonserver's command line (default 8001)."""
+    workers_on_host: Annotated[int, Field(ge=1)] = 2
+    """Workers that share this host's cores; divides CPU threads."""
+
+
+class KelpConfig(_Group):
+    """Everything a kelp model reads at load."""
+
+    model: ModelConfig = ModelConfig()
+    executor: ExecutorConfig = ExecutorConfig()
+    handoff: HandoffConfig = HandoffConfig()
+    router: RouterConfig = RouterConfig()
+    registry: RegistryConfig = RegistryConfig()
+    server: ServerConfig = ServerConfig()
+
+
+def _nest(parameters: Mapping[str, str]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for key, value in parameters.items():
+        *groups, field = key.split(".")
+        target = nested
+        for group in groups:
+            target = target.setdefault(group, {})
+        target[field] = yaml.safe_load(value)
+    return nested
+
+
+def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{CONFIG_ENV}={path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{CONFIG_ENV}={path}: not YAML: {error}") from None
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise ConfigError(f"{CONFIG_ENV}={path}: the document must be a mapping")
+    return document
+
+
+def load_config(parameters: Mapping[str, str] | None = None, path: Path | None = None) -> KelpConfig:
+    """Effective configuration: defaults, then the YAML file, then dotted `parameters`.
+
+    Args:
+        parameters: For example `{"executor.dtype": "float32"}`; values are YAML scalars.
+        path: The YAML file; without one, the file that `KELP_CONFIG` names, if any.
+
+    Raises:
+        ConfigError: Unreadable file, unknown key or bad value; names the field.
+    """
+    if path is None and os.environ.get(CONFIG_ENV):
+        path = Path(os.environ[CONFIG_ENV])
+    document = _read_yaml(path) if path is not None else {}
+    merged = _merge(document, _nest(parameters or {}))
+    try:
+        return KelpConfig.model_validate(merged)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{field}: {first['msg']} (got {first['input']!r})") from None

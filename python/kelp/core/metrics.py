@@ -1,0 +1,83 @@
+"""Counters and histograms, collected in memory and exported elsewhere.
+
+Triton's Metric objects crash the server when two threads touch one, and each call is a round trip between
+processes. So code here only adds to numbers under a lock; `kelp_triton.metrics` flushes the differences from
+one thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from dataclasses import dataclass
+
+Labels = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MetricFamily:
+    """A metric's name, kind and help text; `buckets` (upper bounds) for histograms."""
+
+    name: str
+    kind: str
+    help: str
+    buckets: tuple[float, ...] = ()
+
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+REQUESTS = MetricFamily("kelp_requests_total", "counter", "Requests ended, by outcome")
+TTFT = MetricFamily("kelp_ttft_seconds", "histogram", "Arrival to first token sent", _SECONDS)
+ITL = MetricFamily("kelp_itl_seconds", "histogram", "Mean time between tokens of a request", _SECONDS)
+PHASE = MetricFamily("kelp_phase_seconds", "histogram", "Time of one phase of a request", _SECONDS)
+OUTPUT_TOKENS = MetricFamily("kelp_output_tokens_total", "counter", "Tokens generated")
+PROMPT_TOKENS = MetricFamily("kelp_prompt_tokens_total", "counter", "Prompt tokens received")
+CACHED_TOKENS = MetricFamily("kelp_cached_tokens_total", "counter", "Prompt tokens not recomputed")
+RESPONSES = MetricFamily("kelp_responses_total", "counter", "Responses sent, one or more tokens each")
+RETRIES = MetricFamily("kelp_retries_total", "counter", "Attempts moved to another worker")
+TRANSFERRED_BLOCKS = MetricFamily("kelp_transferred_blocks_total", "counter", "KV blocks read from prefill workers")
+BLOCKS = MetricFamily("kelp_kv_blocks", "gauge", "KV blocks of a worker by state")
+LEASES = MetricFamily("kelp_handoff_leases", "gauge", "Prefilled sequences waiting to be read")
+RUNNING = MetricFamily("kelp_running_sequences", "gauge", "Sequences in the engine by state")
+FAMILIES = (
+    REQUESTS, TTFT, ITL, PHASE, OUTPUT_TOKENS, PROMPT_TOKENS, CACHED_TOKENS, RESPONSES, RETRIES,
+    TRANSFERRED_BLOCKS, BLOCKS, LEASES, RUNNING,
+)  # fmt: skip
+
+
+class Metrics:
+    """Thread-safe accumulator of one process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counters: dict[tuple[MetricFamily, Labels], float] = defaultdict(float)
+        self._gauges: dict[tuple[MetricFamily, Labels], float] = {}
+        self._observations: dict[tuple[MetricFamily, Labels], list[float]] = defaultdict(list)
+
+    def add(self, family: MetricFamily, value: float = 1.0, **labels: str) -> None:
+        """Increase a counter."""
+        with self._lock:
+            self._counters[family, tuple(sorted(labels.items()))] += value
+
+    def set(self, family: MetricFamily, value: float, **labels: str) -> None:
+        """Set a gauge."""
+        with self._lock:
+            self._gauges[family, tuple(sorted(labels.items()))] = value
+
+    def observe(self, family: MetricFamily, value: float, **labels: str) -> None:
+        """Add one observation to a histogram."""
+        with self._lock:
+            self._observations[family, tuple(sorted(labels.items()))].append(value)
+
+    def take(
+        self,
+    ) -> tuple[
+        dict[tuple[MetricFamily, Labels], float],
+        dict[tuple[MetricFamily, Labels], float],
+        dict[tuple[MetricFamily, Labels], list[float]],
+    ]:
+        """Counter increases and observations since the last call, and current gauges."""
+        with self._lock:
+            counters, self._counters = self._counters, defaultdict(float)
+            observations, self._observations = self._observations, defaultdict(list)
+            return dict(counters), dict(self._gauges), dict(observations)

@@ -1,0 +1,49 @@
+"""Names a model by its content, so that KV of different weights is never taken for one another.
+
+Part of the seed of every block hash and of the handoff layout check; must not depend on where the folder lies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from kelp.core.errors import ConfigError
+
+_DIGEST_BYTES = 16
+_SAMPLES_PER_FILE = 16
+_SAMPLE_BYTES = 4096
+
+
+def _weight_samples(path: Path, num_bytes: int) -> bytes:
+    last_start = max(0, num_bytes - _SAMPLE_BYTES)
+    starts = sorted({last_start * index // (_SAMPLES_PER_FILE - 1) for index in range(_SAMPLES_PER_FILE)})
+    samples = []
+    with path.open("rb") as file:
+        for start in starts:
+            file.seek(start)
+            samples.append(file.read(_SAMPLE_BYTES))
+    return b"".join(samples)
+
+
+def model_identity(model_folder: Path) -> str:
+    """Hex digest over config.json and, of each safetensors file, name, size and samples of its content.
+
+    Names and sizes alone would not do: fine-tunes of one model share them. Samples, evenly spaced from the first
+    byte to the last, tell them apart without reading gigabytes.
+
+    Raises:
+        ConfigError: config.json or a weight file cannot be read.
+    """
+    digest = hashlib.blake2b(digest_size=_DIGEST_BYTES, person=b"kelp-model")
+    try:
+        fields = [(model_folder / "config.json").read_bytes()]
+        for path in sorted(model_folder.glob("*.safetensors")):
+            num_bytes = path.stat().st_size
+            fields += [path.name.encode(), num_bytes.to_bytes(8, "little"), _weight_samples(path, num_bytes)]
+    except OSError as error:
+        raise ConfigError(f"model.path={model_folder}: {error.strerror}: {error.filename}") from None
+    for field in fields:
+        digest.update(len(field).to_bytes(8, "little"))
+        digest.update(field)
+    return digest.hexdigest()

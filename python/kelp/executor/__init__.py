@@ -1,0 +1,1 @@
+"""Engines that run the model, behind the one contract of `executor.base`."""

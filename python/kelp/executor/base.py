@@ -1,0 +1,207 @@
+"""What a worker needs of an engine.
+
+An executor owns a thread (or a foreign engine's processes), a KV pool and a queue. The worker submits requests
+from its event loop and receives events through each request's `sink`, which the executor calls from its own
+thread: a sink only hands the event over and never blocks.
+
+Who calls what, per request:
+
+    aggregated  submit -> Tokens* -> Completed | Failed
+    prefill     submit -> Prefilled* -> Tokens(first) -> Completed; then `release_export` exactly once, because
+                the blocks stay pinned (leased) until then
+    decode      submit(imported=True) -> Reserved -> [worker moves KV into the reserved blocks]
+                -> `complete_import` -> Tokens* -> Completed | Failed
+                or `fail_import`: the executor computes the prompt itself (local prefill)
+
+`abort` is allowed at any moment and idempotent; the last event is then `Completed(CANCELLED)`. An executor never
+writes into reserved blocks before `complete_import`, and after an abort it keeps them out of use until
+`end_import`, because a transfer may still be writing there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from kelp.core.errors import KelpError
+from kelp.core.messages import RequestTimings, RequestUsage, SamplingParams
+from kelp.core.types import BlockId, FinishReason, HandoffShape, KVLayout, Role, SequenceHash
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutorLimits:
+    """What one request may ask of this executor.
+
+    Attributes:
+        max_model_tokens: Prompt plus generated tokens of one sequence.
+        vocab_size: Token ids are below this.
+        eos_token_ids: Ids that end a sequence unless `ignore_eos`.
+    """
+
+    max_model_tokens: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutorLoad:
+    """A snapshot, cheap enough to take at every heartbeat."""
+
+    num_running: int
+    num_waiting: int
+    num_free_blocks: int
+    num_cached_blocks: int
+    num_preemptions: int
+
+
+@dataclass(frozen=True, slots=True)
+class PoolMemory:
+    """Where the KV pool lives, for registration with a transport.
+
+    `owner` keeps the memory alive: a torch tensor or a numpy array.
+    """
+
+    base_address: int
+    num_bytes: int
+    device: str
+    owner: object
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """The request left the queue; emitted once, before anything else. `usage` counts the prompt alone."""
+
+    usage: RequestUsage
+    first_scheduled_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """New tokens of one sequence, in order; `log_probs` are of the sampled ids under the raw logits."""
+
+    token_ids: tuple[int, ...]
+    log_probs: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """KV of the first `num_tokens` prompt tokens is final; `block_ids` are those not yet reported.
+
+    Cached prompt blocks are reported like computed ones. A partial last block is reported with the chunk that
+    finishes the prompt.
+    """
+
+    num_tokens: int
+    block_ids: tuple[BlockId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """All blocks of an imported prompt, in order; the first `num_cached_blocks` already hold their KV."""
+
+    block_ids: tuple[BlockId, ...]
+    num_cached_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """The sequence ended. `finish_reason` None: a prefill that a decode worker shall continue."""
+
+    finish_reason: FinishReason | None
+    usage: RequestUsage
+    timings: RequestTimings
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The executor gave the request up; nothing of it is held any more."""
+
+    error: KelpError
+
+
+ExecutorEvent = Admitted | Tokens | Prefilled | Reserved | Completed | Failed
+Sink = Callable[[ExecutorEvent], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutorRequest:
+    """One sequence to run.
+
+    Attributes:
+        prompt: `[num_tokens] int32`, not modified by anybody after submission.
+        role: See the module docstring.
+        num_generated: How many of the last prompt tokens are earlier output of the same sequence (a resumed
+            request): they count towards `max_tokens`, `min_tokens`, output penalties and the seed's index.
+        deadline_s: `time.monotonic()` value after which the executor fails the request with DeadlineExceeded.
+    """
+
+    request_id: str
+    prompt: npt.NDArray[np.int32]
+    role: Role
+    sampling: SamplingParams
+    seed_hash: SequenceHash
+    sink: Sink = field(repr=False)
+    num_generated: int = 0
+    deadline_s: float | None = None
+
+
+class Executor(Protocol):
+    """One running engine. All methods are thread-safe and return at once unless they say otherwise."""
+
+    @property
+    def layout(self) -> KVLayout:
+        """Shape of the KV pool."""
+
+    @property
+    def limits(self) -> ExecutorLimits:
+        """Per-request limits."""
+
+    @property
+    def handoff_shape(self) -> HandoffShape:
+        """Which handoff this engine speaks."""
+
+    @property
+    def pool_memory(self) -> PoolMemory:
+        """The KV pool's memory; valid until `close`."""
+
+    def submit(self, request: ExecutorRequest) -> None:
+        """Queue a request.
+
+        Raises:
+            PromptTooLong: It could never fit into the model or the pool, even alone.
+            InvalidRequest: A token id is out of range, the prompt is empty, or the id is in use.
+            CapacityError: The waiting queue is full.
+        """
+
+    def abort(self, request_id: str) -> None:
+        """End a request at the next step; unknown ids are ignored."""
+
+    def complete_import(
+        self, request_id: str, first_token: int, first_log_prob: float, num_transferred_blocks: int
+    ) -> None:
+        """The reserved blocks hold the prompt's KV; continue after `first_token`.
+
+        The first token counts as generated (max_tokens, penalties, stop ids) but is not emitted again.
+        """
+
+    def fail_import(self, request_id: str) -> None:
+        """The KV will not come and no transfer writes any more: compute the prompt here, first token included."""
+
+    def end_import(self, request_id: str) -> None:
+        """After an abort: no transfer writes into the reserved blocks any more; they may be freed.
+
+        Required once for each `Reserved` request that was aborted before `complete_import` or `fail_import`.
+        """
+
+    def release_export(self, request_id: str) -> None:
+        """Unpin the blocks of a prefill request (finished, failed or running); idempotent."""
+
+    def load(self) -> ExecutorLoad:
+        """Current load."""
+
+    def close(self) -> None:
+        """Stop the engine; every live request gets `Failed`. Blocks until the thread has ended."""
