@@ -1,0 +1,117 @@
+"""Whatever a client sends, the outcome is a request or a typed error."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from kelp.core.errors import InvalidRequest
+from kelp.core.request import LlmRequest, parse_request
+from kelp.core.request_limits import RequestLimits
+from kelp.core.request_sampling import _NUMBERS, _VLLM_NAMES, _VLLM_NEUTRAL
+from kelp.core.schema_inputs import LLM_INPUTS
+
+LIMITS = RequestLimits(max_request_bytes=2048, max_stop_words=3, max_word_bytes=8, max_name_bytes=8)
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=6,
+)
+SAMPLING_DOCUMENTS = st.dictionaries(
+    st.sampled_from([*_VLLM_NAMES, *_VLLM_NEUTRAL]) | st.text(max_size=8), JSON_VALUES, max_size=4
+)
+MESSAGES = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["user", "system", ""]), "content": JSON_VALUES}), max_size=3
+)
+RAW_BYTES = st.one_of(
+    st.binary(max_size=40),
+    st.text(max_size=20).map(lambda text: text.encode("utf-8", "surrogatepass")),
+    SAMPLING_DOCUMENTS.map(lambda document: json.dumps(document).encode()),
+    (MESSAGES | JSON_VALUES).map(lambda document: json.dumps(document).encode()),
+)
+SHAPES = st.sampled_from([(1,), (1,), (1,), (0,), (2,), (5,), (), (1, 1), (2, 3)])
+WELL_SHAPED = {spec.name: spec.datatype.numpy for spec in LLM_INPUTS}
+
+
+@st.composite
+def _arrays(draw, dtype):
+    shape = draw(SHAPES)
+    if dtype == object:
+        array = np.empty(shape, dtype=object)
+        for index in np.ndindex(*shape):
+            array[index] = draw(RAW_BYTES | st.sampled_from([None, 5, "text"]))
+        return array
+    return draw(hnp.arrays(dtype, shape))
+
+
+@st.composite
+def _tensors(draw):
+    names = draw(st.lists(st.sampled_from(sorted(WELL_SHAPED)), max_size=5, unique=True))
+    tensors = {name: draw(_arrays(WELL_SHAPED[name])) for name in names}
+    if draw(st.booleans()):
+        dtype = draw(st.sampled_from(["i8", "f8", "U3", "S3", "?", "M8[s]", "c16"]))
+        tensors[draw(st.sampled_from(sorted(WELL_SHAPED)) | st.text(max_size=5))] = draw(_arrays(np.dtype(dtype)))
+    return tensors
+
+
+def _outcome(tensors, parameters):
+    try:
+        return parse_request(tensors, LIMITS, parameters)
+    except InvalidRequest as error:
+        return error
+
+
+def _assert_within_limits(request):
+    prompts = [request.prompt.text, request.prompt.messages, request.prompt.input_ids is not None]
+    assert sum(map(bool, prompts)) == 1
+    for words in (request.stop_words, request.bad_words):
+        assert len(words) <= LIMITS.max_stop_words
+        assert all(0 < len(word.encode()) <= LIMITS.max_word_bytes for word in words)
+    assert len(request.sampling.stop_token_ids) <= LIMITS.max_stop_words + 1
+    assert request.sampling.min_tokens <= request.sampling.max_tokens
+    assert np.isfinite([request.sampling.temperature, request.sampling.top_p, request.sampling.min_p]).all()
+
+
+@settings(max_examples=400, deadline=None)
+@given(_tensors(), st.dictionaries(st.sampled_from([*_VLLM_NAMES, "other"]), JSON_VALUES, max_size=2))
+def test_any_tensors_give_a_request_or_a_typed_error(tensors, parameters):
+    outcome = _outcome(tensors, parameters)
+    if isinstance(outcome, LlmRequest):
+        _assert_within_limits(outcome)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.fixed_dictionaries({}, optional={name: st.integers() | st.floats() for name in _NUMBERS}))
+def test_a_prompt_with_any_numbers_gives_parameters_in_range_or_a_typed_error(numbers):
+    tensors = {"text_input": np.array([b"a"], dtype=object)}
+    with np.errstate(all="ignore"):
+        for name, value in numbers.items():
+            dtype = WELL_SHAPED[name]
+            is_whole = np.issubdtype(dtype, np.integer)
+            if is_whole:
+                value = int(value) % (np.iinfo(dtype).max + 1) if np.isfinite(value) else 0
+            tensors[name] = np.array([value], dtype=dtype)
+    outcome = _outcome(tensors, {})
+    if isinstance(outcome, LlmRequest):
+        _assert_within_limits(outcome)
+    else:
+        assert any(name in outcome.text for name in numbers)
+
+
+@settings(max_examples=300, deadline=None)
+@given(SAMPLING_DOCUMENTS)
+def test_any_sampling_document_gives_a_request_or_an_error_that_names_it(document):
+    raw = json.dumps(document).encode()
+    tensors = {
+        "text_input": np.array([b"a"], dtype=object),
+        "sampling_parameters": np.array([raw], dtype=object),
+    }
+    outcome = _outcome(tensors, {})
+    if isinstance(outcome, LlmRequest):
+        _assert_within_limits(outcome)
+    else:
+        assert "sampling_parameters" in outcome.text
