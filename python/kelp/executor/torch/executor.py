@@ -1,0 +1,221 @@
+"""The embedded engine behind `executor.base.Executor`: one thread, one inbox.
+
+Public methods validate what they can at once and put a command into the inbox; the thread drains it between
+steps. Knows threads and queues, not models: the engine is handed in.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from kelp.core.clock import Clock
+from kelp.core.errors import CapacityError, InternalError, InvalidRequest, PromptTooLong, WorkerLost
+from kelp.core.types import HandoffShape, KVLayout, Role, num_blocks_for
+from kelp.executor.base import (
+    Completed,
+    ExecutorEvent,
+    ExecutorLimits,
+    ExecutorLoad,
+    ExecutorRequest,
+    Failed,
+    PoolMemory,
+    Sink,
+)
+from kelp.executor.torch.batch import ModelRunner
+from kelp.executor.torch.engine import Engine, EngineRules
+from kelp.kv.pool import BlockPool
+
+_log = logging.getLogger(__name__)
+_Command = Callable[[Engine], None]
+
+
+@dataclass(frozen=True, slots=True)
+class TorchExecutorParts:
+    """What a torch executor is assembled from (`load.load_torch_executor`)."""
+
+    runner: ModelRunner
+    layout: KVLayout
+    limits: ExecutorLimits
+    memory: PoolMemory
+    rules: EngineRules
+    max_waiting: int
+
+
+class TorchExecutor:
+    """See `executor.base.Executor`. Starts its thread at once."""
+
+    def __init__(self, parts: TorchExecutorParts, clock: Clock) -> None:
+        self._layout = parts.layout
+        self._limits = parts.limits
+        self._memory = parts.memory
+        self._max_waiting = parts.max_waiting
+        self._clock = clock
+        self._inbox: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._ids: set[str] = set()
+        self._num_submitting = 0
+        self._is_closed = False
+        pool = BlockPool(parts.layout.num_blocks)
+        self._engine = Engine(parts.runner, pool, parts.rules, clock, self._forget)
+        self._thread = threading.Thread(target=self._run, name="kelp-torch-executor", daemon=True)
+        self._thread.start()
+
+    @property
+    def layout(self) -> KVLayout:
+        """See `Executor`."""
+        return self._layout
+
+    @property
+    def limits(self) -> ExecutorLimits:
+        """See `Executor`."""
+        return self._limits
+
+    @property
+    def handoff_shape(self) -> HandoffShape:
+        """See `Executor`."""
+        return HandoffShape.RENDEZVOUS
+
+    @property
+    def pool_memory(self) -> PoolMemory:
+        """See `Executor`."""
+        return self._memory
+
+    def submit(self, request: ExecutorRequest) -> None:
+        """See `Executor`.
+
+        Raises:
+            WorkerLost: The executor is closed.
+        """
+        self._validate(request)
+        request_id = request.request_id
+        arrival_ns = self._clock.wall_ns()
+        guarded = replace(request, sink=self._guard(request_id, request.sink))
+        with self._lock:
+            if self._is_closed:
+                raise WorkerLost("the executor is closed")
+            if request_id in self._ids:
+                raise InvalidRequest(f"request_id: {request_id!r} is in use")
+            num_waiting = self._engine.num_waiting + self._num_submitting
+            if num_waiting >= self._max_waiting:
+                raise CapacityError(f"{num_waiting} requests wait, executor.max_waiting is {self._max_waiting}")
+            self._ids.add(request_id)
+            self._num_submitting += 1
+            self._inbox.put(lambda engine: self._admit(engine, guarded, arrival_ns))
+
+    def abort(self, request_id: str) -> None:
+        """See `Executor`."""
+        self._inbox.put(lambda engine: engine.abort(request_id))
+
+    def complete_import(
+        self, request_id: str, first_token: int, first_log_prob: float, num_transferred_blocks: int
+    ) -> None:
+        """See `Executor`; a first token outside the vocabulary fails the request with ProtocolError."""
+        self._inbox.put(
+            lambda engine: engine.complete_import(request_id, first_token, first_log_prob, num_transferred_blocks)
+        )
+
+    def fail_import(self, request_id: str) -> None:
+        """See `Executor`."""
+        self._inbox.put(lambda engine: engine.fail_import(request_id))
+
+    def end_import(self, request_id: str) -> None:
+        """See `Executor`."""
+        self._inbox.put(lambda engine: engine.end_import(request_id))
+
+    def release_export(self, request_id: str) -> None:
+        """See `Executor`."""
+        self._inbox.put(lambda engine: engine.release_export(request_id))
+
+    def load(self) -> ExecutorLoad:
+        """See `Executor`; requests still in the inbox count as waiting."""
+        load = self._engine.load()
+        return replace(load, num_waiting=load.num_waiting + self._num_submitting)
+
+    def close(self) -> None:
+        """See `Executor`; idempotent."""
+        with self._lock:
+            self._is_closed = True
+            self._inbox.put(None)
+        self._thread.join()
+
+    def _validate(self, request: ExecutorRequest) -> None:
+        prompt, sampling = request.prompt, request.sampling
+        if len(prompt) == 0:
+            raise InvalidRequest("input_ids: the prompt is empty")
+        if int(prompt.min()) < 0 or int(prompt.max()) >= self._limits.vocab_size:
+            raise InvalidRequest(
+                f"input_ids: ids between {prompt.min()} and {prompt.max()} given, "
+                f"the vocabulary has {self._limits.vocab_size}"
+            )
+        num_tokens = len(prompt) + sampling.max_tokens
+        if num_tokens > self._limits.max_model_tokens:
+            raise PromptTooLong(
+                f"prompt of {len(prompt)} tokens plus max_tokens {sampling.max_tokens} is {num_tokens}, "
+                f"max_model_tokens is {self._limits.max_model_tokens}"
+            )
+        # The last token of a sequence is never an input, so its KV needs no room.
+        num_positions = len(prompt) if request.role is Role.PREFILL else num_tokens - 1
+        num_blocks = num_blocks_for(num_positions, self._layout.block_size)
+        if num_blocks > self._layout.num_blocks:
+            raise PromptTooLong(
+                f"prompt of {len(prompt)} tokens plus max_tokens {sampling.max_tokens} needs {num_blocks} "
+                f"KV blocks, executor.num_blocks is {self._layout.num_blocks}"
+            )
+
+    def _admit(self, engine: Engine, request: ExecutorRequest, arrival_ns: int) -> None:
+        with self._lock:
+            self._num_submitting -= 1
+            engine.add(request, arrival_ns)
+
+    def _forget(self, request_id: str) -> None:
+        with self._lock:
+            self._ids.discard(request_id)
+
+    def _guard(self, request_id: str, sink: Sink) -> Sink:
+        """A sink of the worker's must not take the engine's thread down."""
+
+        def guarded(event: ExecutorEvent) -> None:
+            try:
+                sink(event)
+            except Exception:
+                _log.exception("sink of %s failed; aborting the request", request_id)
+                if not isinstance(event, Completed | Failed):
+                    self.abort(request_id)
+
+        return guarded
+
+    def _run(self) -> None:
+        try:
+            self._serve()
+            self._engine.fail_all(WorkerLost("the executor is closing"))
+        finally:
+            with self._lock:
+                self._is_closed = True
+
+    def _serve(self) -> None:
+        is_idle = True
+        while True:
+            try:
+                if not self._drain(is_idle):
+                    return
+                is_idle = not self._engine.step()
+            except Exception as error:
+                _log.exception("engine step failed; giving all its requests up")
+                self._engine.fail_all(InternalError(f"engine step failed: {error!r}"))
+
+    def _drain(self, is_idle: bool) -> bool:
+        """Execute queued commands, first waiting for one if idle; False once closed."""
+        wait_s = self._engine.seconds_to_deadline() if is_idle else 0.0
+        try:
+            while True:
+                command = self._inbox.get(timeout=wait_s) if wait_s != 0.0 else self._inbox.get_nowait()
+                if command is None:
+                    return False
+                command(self._engine)
+                wait_s = 0.0
+        except queue.Empty:
+            return True

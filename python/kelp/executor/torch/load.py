@@ -1,0 +1,88 @@
+"""Put a torch executor together from a model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from kelp.core.clock import Clock, SystemClock
+from kelp.core.errors import ConfigError
+from kelp.core.types import KVLayout
+from kelp.executor.base import ExecutorLimits
+from kelp.executor.torch.engine import EngineRules
+from kelp.executor.torch.executor import TorchExecutor, TorchExecutorParts
+from kelp.executor.torch.memory import allocate_pool, size_pool
+from kelp.executor.torch.model import LlamaModel
+from kelp.executor.torch.model_config import LlamaConfig, load_model_config
+from kelp.executor.torch.options import TorchExecutorOptions
+from kelp.executor.torch.runner import TorchRunner
+from kelp.executor.torch.scheduler import SchedulerLimits
+from kelp.executor.torch.sequence import SequenceRules
+from kelp.executor.torch.weights import load_weights, model_digest
+
+
+def load_torch_executor(model_folder: Path, options: TorchExecutorOptions, clock: Clock | None = None) -> TorchExecutor:
+    """Load weights, size and allocate the KV pool, start the engine. Takes seconds; sets torch's thread count.
+
+    Raises:
+        ConfigError: The model, the options or the machine do not fit together; names the field.
+    """
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = _device(options.device)
+    config = load_model_config(model_folder)
+    max_model_tokens = _max_model_tokens(config, options)
+    model_id = options.model_id or model_digest(model_folder)
+    weights = load_weights(model_folder, config, getattr(torch, options.dtype), device)
+    layout = size_pool(_layout(config, options, model_id), device, options.kv_memory_fraction)
+    pool, memory = allocate_pool(layout, device)
+    rules = EngineRules(
+        sequence=SequenceRules(options.block_size, config.eos_token_ids),
+        scheduler=SchedulerLimits(options.max_step_tokens, options.max_running, options.enable_prefix_cache),
+        vocab_size=config.vocab_size,
+    )
+    parts = TorchExecutorParts(
+        runner=TorchRunner(LlamaModel(config, weights, pool, max_model_tokens)),
+        layout=layout,
+        limits=ExecutorLimits(max_model_tokens, config.vocab_size, config.eos_token_ids),
+        memory=memory,
+        rules=rules,
+        max_waiting=options.max_waiting,
+    )
+    return TorchExecutor(parts, clock or SystemClock())
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"executor.device: {name!r} is no device") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"executor.device: {name!r} asked for, but torch finds no CUDA device")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"executor.device: {name!r} is neither cpu nor cuda")
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def _max_model_tokens(config: LlamaConfig, options: TorchExecutorOptions) -> int:
+    limit = config.max_position_embeddings
+    if options.max_model_tokens > limit:
+        raise ConfigError(
+            f"executor.max_model_tokens: {options.max_model_tokens} exceeds max_position_embeddings {limit}"
+        )
+    return options.max_model_tokens or limit
+
+
+def _layout(config: LlamaConfig, options: TorchExecutorOptions, model_id: str) -> KVLayout:
+    return KVLayout(
+        num_blocks=options.num_blocks,
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        block_size=options.block_size,
+        head_dim=config.head_dim,
+        dtype=options.dtype,
+        model_id=model_id,
+    )
