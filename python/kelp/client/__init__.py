@@ -1,0 +1,1 @@
+"""One protocol to talk to workers, on this server or another."""

@@ -1,0 +1,6 @@
+"""Triton over gRPC: workers' streams and the control of a server. Only here is `tritonclient` imported."""
+
+from kelp.client.grpc.control import TritonControl
+from kelp.client.grpc.workers import GrpcWorkerClient
+
+__all__ = ["GrpcWorkerClient", "TritonControl"]

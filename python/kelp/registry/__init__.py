@@ -1,0 +1,1 @@
+"""Who serves what, where, and whether it is alive."""

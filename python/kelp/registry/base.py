@@ -1,0 +1,96 @@
+"""Worker records and the contract of every registry backend.
+
+A registry is a hint, never an authority: routers keep serving from the last snapshot when it is lost
+(`registry.view`), and traffic decides what is really alive.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Protocol
+
+from pydantic import Field, TypeAdapter
+
+from kelp.core.messages import Message
+from kelp.core.types import HandoffShape, KVLayout, Role, WorkerState
+
+_Name = Annotated[str, Field(min_length=1, max_length=256)]
+_Count = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class LayoutRecord(Message):
+    """`core.types.KVLayout` on the wire."""
+
+    num_blocks: Annotated[int, Field(ge=1, lt=2**31)]
+    num_layers: Annotated[int, Field(ge=1, lt=2**16)]
+    num_kv_heads: Annotated[int, Field(ge=1, lt=2**16)]
+    block_size: Annotated[int, Field(ge=1, lt=2**16)]
+    head_dim: Annotated[int, Field(ge=1, lt=2**16)]
+    dtype: _Name
+    model_id: _Name
+
+    @classmethod
+    def of(cls, layout: KVLayout) -> LayoutRecord:
+        """The record of a layout."""
+        return cls(
+            num_blocks=layout.num_blocks,
+            num_layers=layout.num_layers,
+            num_kv_heads=layout.num_kv_heads,
+            block_size=layout.block_size,
+            head_dim=layout.head_dim,
+            dtype=layout.dtype,
+            model_id=layout.model_id,
+        )
+
+    def is_compatible(self, other: LayoutRecord) -> bool:
+        """Whether the two workers may exchange blocks: all but the pool size is equal."""
+        return self.model_copy(update={"num_blocks": other.num_blocks}) == other
+
+
+class WorkerRecord(Message):
+    """One worker as it describes itself.
+
+    Attributes:
+        worker_id: `<endpoint>/<model_name>`; stable over restarts.
+        epoch: Random per incarnation; a new one means that the worker's KV is gone.
+        endpoint: `host:port` of the tritonserver's gRPC service.
+        handoff_endpoint: `host:port` of the KV handoff service; empty for workers that never prefill for others.
+        heartbeat_ns: Wall clock at the last renewal.
+    """
+
+    worker_id: _Name
+    epoch: _Name
+    model_name: _Name
+    role: Role
+    state: WorkerState
+    endpoint: _Name
+    handoff_endpoint: Annotated[str, Field(max_length=256)] = ""
+    handoff_shape: HandoffShape = HandoffShape.RENDEZVOUS
+    layout: LayoutRecord
+    num_running: _Count = 0
+    num_waiting: _Count = 0
+    num_free_blocks: _Count = 0
+    heartbeat_ns: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+
+WORKER_RECORD: TypeAdapter[WorkerRecord] = TypeAdapter(WorkerRecord)
+
+
+class Registry(Protocol):
+    """Where workers publish themselves. Calls may block on I/O: keep them off event loops."""
+
+    def publish(self, record: WorkerRecord) -> None:
+        """Create or renew a record.
+
+        Raises:
+            OSError: The registry cannot be reached.
+        """
+
+    def withdraw(self, worker_id: str, epoch: str) -> None:
+        """Remove the record if it still is of this epoch; idempotent."""
+
+    def snapshot(self) -> list[WorkerRecord]:
+        """All live records.
+
+        Raises:
+            OSError: The registry cannot be reached.
+        """

@@ -1,0 +1,174 @@
+"""One try at a request on chosen workers, aggregated or disaggregated."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+from kelp.client.base import WorkerAddress, WorkerClient, WorkerOutput, WorkerStream
+from kelp.core.clock import Clock
+from kelp.core.errors import KelpError, ProtocolError, WorkerLost
+from kelp.core.messages import Finished, Rendezvous
+from kelp.core.types import HandoffShape, Role
+from kelp.registry.base import WorkerRecord
+from kelp.router.job import Job
+from kelp.router.placement import Placement, WorkersView
+
+_LIVENESS_CHECK_S = 1.0
+_End = KelpError | None
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptParts:
+    """What attempts share.
+
+    Attributes:
+        idle_timeout_s: A stream silent for this long, keep-alives included, is lost.
+        retire: Takes streams that nobody reads any more and closes them in the background.
+    """
+
+    client: WorkerClient
+    view: WorkersView
+    clock: Clock
+    idle_timeout_s: float
+    retire: Callable[[WorkerStream], None]
+
+
+class WorkerLeg:
+    """One worker's stream, read by a task of its own.
+
+    A Triton server does not notice when the process behind a model dies: its streams just hang. So a silent stream is
+    given up as soon as the worker's heartbeat stops, or at the idle timeout.
+    """
+
+    def __init__(self, parts: AttemptParts, record: WorkerRecord, stream: WorkerStream) -> None:
+        self._parts = parts
+        self._record = record
+        self._stream = stream
+        self._queue: asyncio.Queue[WorkerOutput | _End] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        self._last_heard_s = self._loop.time()
+        self._reading = asyncio.ensure_future(self._read())
+        self._timer = self._loop.call_later(_LIVENESS_CHECK_S, self._check_liveness)
+
+    async def outputs(self) -> AsyncIterator[WorkerOutput]:
+        """Everything the worker says, in order.
+
+        Raises:
+            KelpError: The worker's own error, or WorkerLost.
+        """
+        while (item := await self._queue.get()) is not None:
+            if isinstance(item, KelpError):
+                raise item
+            yield item
+
+    def leave(self) -> None:
+        """Stop reading; what still runs is cancelled in the background."""
+        self._timer.cancel()
+        self._reading.cancel()
+        self._parts.retire(self._stream)
+
+    async def _read(self) -> None:
+        try:
+            async for output in self._stream:
+                self._last_heard_s = self._loop.time()
+                self._queue.put_nowait(output)
+            self._queue.put_nowait(None)
+        except KelpError as error:
+            self._queue.put_nowait(error)
+
+    def _check_liveness(self) -> None:
+        silent_s = self._loop.time() - self._last_heard_s
+        if silent_s >= _LIVENESS_CHECK_S:
+            if not self._parts.view.is_alive(self._record.worker_id, self._record.epoch):
+                self._queue.put_nowait(WorkerLost(f"worker {self._record.worker_id} stopped its heartbeat"))
+            elif silent_s >= self._parts.idle_timeout_s:
+                self._queue.put_nowait(WorkerLost(f"worker {self._record.worker_id} was silent for {silent_s:.0f} s"))
+        self._timer = self._loop.call_later(_LIVENESS_CHECK_S, self._check_liveness)
+
+
+class Attempt:
+    """Runs a job once; `on_output` gets every output that brings tokens, in order, each token once."""
+
+    def __init__(
+        self, parts: AttemptParts, job: Job, placement: Placement, on_output: Callable[[WorkerOutput], None]
+    ) -> None:
+        self._parts = parts
+        self._job = job
+        self._placement = placement
+        self._on_output = on_output
+        self._prompt = job.tokens()
+        self._num_generated = len(job.generated)
+        self._legs: list[WorkerLeg] = []
+        self.failed_worker: WorkerRecord | None = None
+
+    @property
+    def is_prefill_failure(self) -> bool:
+        """Whether the remote prefill, not the decoding, went wrong."""
+        return self._placement.prefill is not None and not self._job.generated
+
+    async def run(self) -> Finished:
+        """Run to the end of the sequence.
+
+        Raises:
+            KelpError: The attempt failed; `failed_worker` says where.
+        """
+        try:
+            if self._placement.prefill is None:
+                leg = self._start(self._placement.decode, Role.AGGREGATED, None)
+                return await self._follow(leg, self._placement.decode)
+            return await self._disaggregated(self._placement.prefill)
+        finally:
+            for leg in self._legs:
+                leg.leave()
+
+    async def _disaggregated(self, prefill: WorkerRecord) -> Finished:
+        rendezvous = Rendezvous(
+            handoff_id=uuid.uuid4().hex, endpoint=prefill.handoff_endpoint, prefill_epoch=prefill.epoch
+        )
+        decode = self._placement.decode
+        prefill_leg = self._start(prefill, Role.PREFILL, rendezvous)
+        decode_leg = None
+        if prefill.handoff_shape is HandoffShape.RENDEZVOUS:
+            decode_leg = self._start(decode, Role.DECODE, rendezvous)
+        finished = await self._follow(prefill_leg, prefill)
+        if finished.finish_reason is not None:
+            return finished
+        if decode_leg is None:
+            ticket = finished.rendezvous
+            if ticket is None:
+                raise ProtocolError(f"worker {prefill.worker_id} returned no ticket")
+            decode_leg = self._start(decode, Role.DECODE, ticket)
+        return await self._follow(decode_leg, decode)
+
+    def _start(self, record: WorkerRecord, role: Role, rendezvous: Rendezvous | None) -> WorkerLeg:
+        command = self._job.command(role, rendezvous, self._num_generated)
+        address = WorkerAddress(record.endpoint, record.model_name)
+        leg = WorkerLeg(self._parts, record, self._parts.client.generate(address, command, self._prompt))
+        self._legs.append(leg)
+        return leg
+
+    async def _follow(self, leg: WorkerLeg, record: WorkerRecord) -> Finished:
+        try:
+            async for output in leg.outputs():
+                self._note(output, record)
+                if output.token_ids:
+                    self._job.generated.extend(output.token_ids)
+                    self._job.last_received_ns = self._parts.clock.wall_ns()
+                    self._on_output(output)
+                if isinstance(output.event, Finished):
+                    return output.event
+            raise WorkerLost(f"worker {record.worker_id} ended the stream without saying how")
+        except KelpError:
+            self.failed_worker = record
+            raise
+
+    def _note(self, output: WorkerOutput, record: WorkerRecord) -> None:
+        if output.event is None:
+            return
+        if record is self._placement.prefill:
+            self._job.prefill_event = output.event
+        else:
+            self._job.decode_event = output.event

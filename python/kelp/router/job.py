@@ -1,0 +1,79 @@
+"""One request inside the router: what was asked, what has been generated, what it cost."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from kelp.core.errors import DeadlineExceeded
+from kelp.core.messages import Finished, GenerateCommand, Progress, Rendezvous, SamplingParams
+from kelp.core.preprocess_messages import PreparedPrompt
+from kelp.core.types import Role
+from kelp.router.policies import RoutingRequest
+
+
+@dataclass(slots=True)
+class Job:
+    """A request on its way.
+
+    Attributes:
+        deadline_s: `time.monotonic()` value.
+        generated: Tokens received so far, over all attempts.
+        prefill_event: What the prefill worker told last, if there was one.
+        decode_event: What the decode or aggregated worker told last.
+        worker_ids: Workers of the latest attempt.
+        first_sent_ns: Wall clock when the first token had been handed to Triton.
+        last_received_ns: Wall clock when the latest token came from a worker.
+    """
+
+    request_id: str
+    prompt: PreparedPrompt
+    sampling: SamplingParams
+    deadline_s: float
+    arrival_ns: int
+    generated: list[int] = field(default_factory=list)
+    prefill_event: Progress | Finished | None = None
+    decode_event: Progress | Finished | None = None
+    worker_ids: tuple[str, ...] = ()
+    first_sent_ns: int = 0
+    last_received_ns: int = 0
+
+    def routing(self) -> RoutingRequest:
+        """What a policy may know."""
+        return RoutingRequest(len(self.prompt.input_ids), tuple(self.prompt.sequence_hashes()))
+
+    def tokens(self) -> npt.NDArray[np.int32]:
+        """Prompt and everything generated: what a (further) attempt starts from."""
+        if not self.generated:
+            return self.prompt.input_ids
+        return np.concatenate([self.prompt.input_ids, np.array(self.generated, dtype=np.int32)])
+
+    def command(self, role: Role, rendezvous: Rendezvous | None, num_generated: int) -> GenerateCommand:
+        """The worker's command.
+
+        Raises:
+            DeadlineExceeded: No time is left.
+        """
+        return GenerateCommand(
+            request_id=self.request_id,
+            role=role,
+            sampling=self.sampling,
+            seed_hash_hex=self.prompt.message.seed_hash_hex,
+            num_generated=num_generated,
+            rendezvous=rendezvous,
+            remaining_ms=self.remaining_s() * 1e3,
+        )
+
+    def remaining_s(self) -> float:
+        """Time left.
+
+        Raises:
+            DeadlineExceeded: None is.
+        """
+        remaining_s = self.deadline_s - time.monotonic()
+        if remaining_s <= 0:
+            raise DeadlineExceeded("deadline_ms: passed before the request was finished")
+        return remaining_s

@@ -1,0 +1,52 @@
+"""How a worker shows itself in the registry."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from kelp.registry.base import Registry, WorkerRecord
+
+_log = logging.getLogger(__name__)
+
+
+class Presence:
+    """Publishes the worker's record at every heartbeat, and at once when its state changes.
+
+    A registry that cannot be reached is retried at the next heartbeat; the worker serves on.
+    """
+
+    def __init__(self, registry: Registry, describe: Callable[[], WorkerRecord], heartbeat_s: float) -> None:
+        self._registry = registry
+        self._describe = describe
+        self._heartbeat_s = heartbeat_s
+        self._is_reachable = True
+        self._publishing = asyncio.Lock()
+
+    async def run(self) -> None:
+        """Publish for ever; cancel to stop."""
+        while True:
+            await self.publish()
+            await asyncio.sleep(self._heartbeat_s)
+
+    async def publish(self) -> None:
+        """Publish the present state."""
+        async with self._publishing:
+            try:
+                await asyncio.to_thread(self._registry.publish, self._describe())
+            except OSError as error:
+                if self._is_reachable:
+                    _log.warning("registry unreachable, will retry: %s", error)
+                self._is_reachable = False
+                return
+            self._is_reachable = True
+
+    async def withdraw(self) -> None:
+        """Leave the registry."""
+        record = self._describe()
+        async with self._publishing:
+            try:
+                await asyncio.to_thread(self._registry.withdraw, record.worker_id, record.epoch)
+            except OSError as error:
+                _log.warning("record %s not withdrawn, it expires: %s", record.worker_id, error)

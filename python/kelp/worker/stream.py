@@ -1,0 +1,112 @@
+"""One request's way through a worker: events from the executor, responses to the router.
+
+Tokens go from the executor's thread straight to the sending thread; only what needs a decision passes through the
+event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import numpy as np
+
+from kelp.core.clock import Clock
+from kelp.core.exchange import Exchange
+from kelp.core.messages import Finished, Progress, RequestTimings, RequestUsage, encode_message
+from kelp.core.outbox import Lane, Outbox
+from kelp.core.types import FinishReason
+from kelp.executor.base import Admitted, Completed, ExecutorEvent, Failed, Tokens
+
+StreamItem = Tokens | Finished
+
+
+class RequestStream:
+    """Carries one request's events; made on the event loop, `sink` is called from the executor's thread."""
+
+    def __init__(self, exchange: Exchange, outbox: Outbox[StreamItem], clock: Clock) -> None:
+        self._exchange = exchange
+        self._clock = clock
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[ExecutorEvent] = asyncio.Queue()
+        self._lane: Lane[StreamItem] = outbox.lane(self._send)
+        self._sent_last = asyncio.Event()
+        self._has_sent_tokens = False
+        self.usage = RequestUsage()
+        self.timings = RequestTimings(arrival_ns=clock.wall_ns())
+
+    def sink(self, event: ExecutorEvent) -> None:
+        """Take an event; called from the executor's thread, never blocks."""
+        if isinstance(event, Tokens):
+            self._lane.put(event)
+        self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+    def keep_alive(self) -> None:
+        """Send an empty response: the router sees that the worker lives while the request waits."""
+        self._lane.put(Tokens((), ()))
+
+    async def events(self) -> AsyncIterator[ExecutorEvent]:
+        """Events in order until the executor has let go of the request.
+
+        Raises:
+            KelpError: The executor failed the request.
+        """
+        while True:
+            event = await self._events.get()
+            if isinstance(event, Failed):
+                raise event.error
+            if isinstance(event, Admitted):
+                self.usage = event.usage
+                self.note_time(first_scheduled_ns=event.first_scheduled_ns)
+            yield event
+            if isinstance(event, Completed):
+                return
+
+    def note_time(self, **times_ns: int) -> None:
+        """Record when something happened."""
+        self.timings = self.timings.model_copy(update=times_ns)
+
+    def note_usage(self, **counts: int) -> None:
+        """Record what something cost."""
+        self.usage = self.usage.model_copy(update=counts)
+
+    async def finish(self, finished: Finished) -> None:
+        """Send the last response, after all tokens; returns when it has gone out."""
+        self._lane.put(finished)
+        await self._sent_last.wait()
+
+    def completed(self, event: Completed) -> Finished:
+        """The last message of a request that the executor ended, with this worker's own times and counts."""
+        own = self.timings.model_dump(exclude_defaults=True)
+        return Finished(
+            finish_reason=event.finish_reason,
+            usage=event.usage.model_copy(update={"transferred_blocks": self.usage.transferred_blocks}),
+            timings=event.timings.model_copy(update=own),
+        )
+
+    def _send(self, items: list[StreamItem]) -> None:
+        tokens = [item for item in items if isinstance(item, Tokens)]
+        finished = next((item for item in items if isinstance(item, Finished)), None)
+        ids = [token for item in tokens for token in item.token_ids]
+        outputs = {
+            "output_ids": np.array(ids, dtype=np.int32),
+            "output_log_probs": np.array([p for item in tokens for p in item.log_probs], dtype=np.float32),
+        }
+        event = finished or (self._progress() if ids and not self._has_sent_tokens else None)
+        self._has_sent_tokens = self._has_sent_tokens or bool(ids)
+        if event is not None:
+            outputs["event"] = np.array([encode_message(event)], dtype=np.object_)
+        try:
+            self._exchange.send(outputs, is_final=finished is not None)
+        finally:
+            if finished is not None:
+                self._loop.call_soon_threadsafe(self._sent_last.set)
+
+    def _progress(self) -> Progress:
+        first_token_ns = self.timings.first_token_ns or self._clock.wall_ns()
+        return Progress(usage=self.usage, timings=self.timings.model_copy(update={"first_token_ns": first_token_ns}))
+
+
+def is_over(event: Completed) -> bool:
+    """Whether a prefill's sequence has ended, so that nobody decodes it."""
+    return event.finish_reason in (FinishReason.STOP, FinishReason.LENGTH, FinishReason.CANCELLED)

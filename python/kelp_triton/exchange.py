@@ -1,0 +1,79 @@
+"""One Triton request: its input tensors in, its responses out, exactly one FINAL whatever happens."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from typing import Any
+
+import numpy.typing as npt
+import triton_python_backend_utils as pb_utils
+
+from kelp.core.errors import InternalError, KelpError
+from kelp.core.exchange import Tensors
+
+_log = logging.getLogger(__name__)
+
+
+def _triton_error(error: KelpError) -> Any:
+    return pb_utils.TritonError(str(error), getattr(pb_utils.TritonError, error.triton_code))
+
+
+class Exchange:
+    """A decoupled (or sender-answered unary) request.
+
+    `send` may be called from any one thread at a time; after `finish` or `fail` every further call is ignored, so that
+    guards may finish without knowing what has happened.
+    """
+
+    def __init__(self, request: Any) -> None:
+        self._request = request
+        self._sender = request.get_response_sender()
+        self._lock = threading.Lock()
+        self._is_open = True
+
+    def inputs(self) -> dict[str, npt.NDArray[Any]]:
+        """All input tensors by name, copied out of shared memory; BYTES are object arrays of bytes."""
+        return {tensor.name(): tensor.as_numpy().copy() for tensor in self._request.inputs()}
+
+    def parameters(self) -> dict[str, Any]:
+        """Request parameters."""
+        return dict(json.loads(self._request.parameters() or "{}"))
+
+    def is_cancelled(self) -> bool:
+        """Whether the client cancelled or disconnected; a round trip to the server."""
+        return bool(self._sender.is_cancelled())
+
+    def send(self, outputs: Tensors, is_final: bool = False) -> None:
+        """Send one response."""
+        tensors = [pb_utils.Tensor(name, array) for name, array in outputs.items()]
+        self._respond(pb_utils.InferenceResponse(output_tensors=tensors), is_final)
+
+    def fail(self, error: KelpError) -> None:
+        """End with a typed error."""
+        response = pb_utils.InferenceResponse(output_tensors=[], error=_triton_error(error))
+        self._respond(response, True)
+
+    def finish(self) -> None:
+        """End without a further response; a no-op when already ended."""
+        with self._lock:
+            if self._is_open:
+                self._is_open = False
+                self._sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def _respond(self, response: Any, is_final: bool) -> None:
+        flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if is_final else 0
+        with self._lock:
+            if not self._is_open:
+                return
+            self._is_open = not is_final
+            self._sender.send(response, flags=flags)
+
+
+def as_kelp_error(error: BaseException) -> KelpError:
+    """The typed form of anything that reached the outermost guard."""
+    if isinstance(error, KelpError):
+        return error
+    _log.error("unexpected error", exc_info=error)
+    return InternalError(f"{type(error).__name__}: {error}")

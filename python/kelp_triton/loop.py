@@ -1,0 +1,48 @@
+"""An event loop of our own in each stub.
+
+Triton creates a loop lazily at the first async `execute`; a worker needs one from `initialize` on, for its registry
+heartbeat and handoff service.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+ResultT = TypeVar("ResultT")
+_BLOCKING_CALLS = 32
+
+
+class LoopThread:
+    """A running event loop in a daemon thread."""
+
+    def __init__(self, name: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._loop.set_default_executor(ThreadPoolExecutor(_BLOCKING_CALLS, thread_name_prefix=name))
+        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
+        self._thread.start()
+
+    def start(self, work: Coroutine[Any, Any, ResultT]) -> Future[ResultT]:
+        """Run a coroutine; thread-safe."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def wait(self, work: Coroutine[Any, Any, ResultT], timeout_s: float | None = None) -> ResultT:
+        """Run a coroutine and block for its result."""
+        return self.start(work).result(timeout_s)
+
+    def close(self) -> None:
+        """Cancel what runs and stop the loop."""
+        self.wait(_cancel_others(), timeout_s=10.0)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=10.0)
+
+
+async def _cancel_others() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks, timeout=5.0)

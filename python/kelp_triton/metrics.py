@@ -1,0 +1,73 @@
+"""Export of `kelp.core.metrics` on Triton's own metrics port, from one thread."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+from kelp.core.metrics import FAMILIES, Labels, MetricFamily, Metrics
+
+_log = logging.getLogger(__name__)
+_KINDS = {"counter": "COUNTER", "gauge": "GAUGE", "histogram": "HISTOGRAM"}
+
+
+class MetricsExporter:
+    """Flushes one process's metrics about once a second.
+
+    Every pb_utils Metric is created and touched by this thread alone: two threads touching one crash the server.
+    """
+
+    def __init__(self, metrics: Metrics, period_s: float = 1.0) -> None:
+        self._metrics = metrics
+        self._period_s = period_s
+        self._families: dict[str, Any] = {}
+        self._series: dict[tuple[MetricFamily, Labels], Any] = {}
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="kelp-metrics", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Flush once more and stop."""
+        self._stopping.set()
+        self._thread.join(timeout=5.0)
+
+    def _run(self) -> None:
+        is_last = False
+        while not is_last:
+            is_last = self._stopping.wait(self._period_s)
+            try:
+                self._flush()
+            except pb_utils.TritonModelException as error:
+                _log.warning("metrics not exported: %s", error)
+                return
+
+    def _flush(self) -> None:
+        counters, gauges, observations = self._metrics.take()
+        for key, value in counters.items():
+            self._metric(key).increment(value)
+        for key, value in gauges.items():
+            self._metric(key).set(value)
+        for key, values in observations.items():
+            metric = self._metric(key)
+            for value in values:
+                metric.observe(value)
+
+    def _metric(self, key: tuple[MetricFamily, Labels]) -> Any:
+        if key not in self._series:
+            family, labels = key
+            options = {"buckets": list(family.buckets)} if family.buckets else {}
+            self._series[key] = self._family(family).Metric(labels=dict(labels), **options)
+        return self._series[key]
+
+    def _family(self, family: MetricFamily) -> Any:
+        assert family in FAMILIES
+        if family.name not in self._families:
+            self._families[family.name] = pb_utils.MetricFamily(
+                name=family.name,
+                description=family.help,
+                kind=getattr(pb_utils.MetricFamily, _KINDS[family.kind]),
+            )
+        return self._families[family.name]

@@ -1,0 +1,76 @@
+"""What all kelp models share: configuration, an event loop, metrics, and one guard around every request."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from kelp.core.config import KelpConfig, load_config
+from kelp.core.errors import WorkerLost
+from kelp.core.metrics import Metrics
+from kelp_triton.exchange import Exchange, as_kelp_error
+from kelp_triton.loop import LoopThread
+from kelp_triton.metrics import MetricsExporter
+
+_log = logging.getLogger(__name__)
+_START_TIMEOUT_S = 300.0
+_STOP_TIMEOUT_S = 15.0
+
+
+class KelpModel:
+    """Base of the models; Triton calls `initialize`, `execute` and `finalize` from its own thread.
+
+    `execute` answers through response senders and returns at once: a model that returns its responses serves one
+    request at a time, and an exception in an `async def execute` hangs the client.
+    """
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        """Load the model; an error's message becomes Triton's load error."""
+        logging.basicConfig(stream=sys.stderr, format=f"%(levelname).1s kelp {args['model_name']}: %(message)s")
+        document = json.loads(args["model_config"])
+        parameters = {key: value["string_value"] for key, value in document.get("parameters", {}).items()}
+        self.model_name = args["model_name"]
+        self.config: KelpConfig = load_config(parameters)
+        self.metrics = Metrics()
+        self._loop = LoopThread(f"kelp-{self.model_name}")
+        self._loop.wait(self.start(), _START_TIMEOUT_S)
+        self._exporter = MetricsExporter(self.metrics)
+
+    def execute(self, requests: list[Any]) -> None:
+        """Hand every request to the loop."""
+        for request in requests:
+            self._loop.start(self._guarded(Exchange(request)))
+
+    def finalize(self) -> None:
+        """Let go of everything."""
+        try:
+            self._loop.wait(self.stop(), _STOP_TIMEOUT_S)
+        except TimeoutError:
+            _log.error("did not stop within %.0f s", _STOP_TIMEOUT_S)
+        self._loop.close()
+        self._exporter.close()
+
+    async def start(self) -> None:
+        """Build the model, on the loop."""
+        raise NotImplementedError
+
+    async def handle(self, exchange: Exchange) -> None:
+        """Serve one request to its end, or raise."""
+        raise NotImplementedError
+
+    async def stop(self) -> None:
+        """Take the model down, on the loop."""
+
+    async def _guarded(self, exchange: Exchange) -> None:
+        try:
+            await self.handle(exchange)
+        except asyncio.CancelledError:
+            exchange.fail(WorkerLost(f"model {self.model_name} is stopping"))
+        except Exception as error:
+            exchange.fail(as_kelp_error(error))
+        finally:
+            exchange.finish()
