@@ -1,0 +1,215 @@
+"""The `kelp` command."""
+
+from __future__ import annotations
+
+import enum
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+import yaml
+
+from kelp import __version__
+from kelp.core.config import KelpConfig, load_config
+from kelp.core.errors import ConfigError, KelpError
+from kelp.supervisor import doctor, preflight, serve
+from kelp.supervisor.model import prepare_model
+from kelp.supervisor.plan import ServeOptions
+from kelp.supervisor.scale import Fleet
+from kelp.supervisor.server import Launch
+from kelp.supervisor.triton import find_triton, link_python_backend
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
+
+GrpcPort = Annotated[int, typer.Option("--grpc-port", help="Triton's gRPC port of the running server.")]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="YAML file with any field of the configuration schema.")
+]
+
+
+class Mode(str, enum.Enum):
+    """How requests are served."""
+
+    DISAGGREGATED = "disaggregated"
+    AGGREGATED = "aggregated"
+
+
+def repository_root() -> Path:
+    """The checkout: model_repository and backends are beside python/.
+
+    Raises:
+        ConfigError: kelp runs from somewhere else.
+    """
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "model_repository").is_dir():
+        raise ConfigError(f"{root}: no model_repository here; install kelp with `make setup` in its checkout")
+    return root
+
+
+def _sayer() -> Callable[[str], None]:
+    started_s = time.monotonic()
+
+    def say(line: str) -> None:
+        print(f"[{time.monotonic() - started_s:6.1f} s] {line}", flush=True)
+
+    return say
+
+
+def _effective_config(
+    config_file: Path | None, model: Path, dtype: str | None, num_blocks: int | None, settings: list[str]
+) -> KelpConfig:
+    parameters = {"model.path": str(model)}
+    if dtype is not None:
+        parameters["executor.dtype"] = dtype
+    if num_blocks is not None:
+        parameters["executor.num_blocks"] = str(num_blocks)
+    for setting in settings:
+        key, separator, value = setting.partition("=")
+        if not separator:
+            raise ConfigError(f"--set {setting!r}: must be key=value, for example executor.block_size=32")
+        parameters[key] = value
+    return load_config(parameters, config_file)
+
+
+def _for_run(config: KelpConfig, mode: Mode, num_workers: int, run_folder: Path, host: str) -> KelpConfig:
+    """The run's own registry, and what depends on the number of workers."""
+    changes: dict[str, dict[str, object]] = {
+        "registry": {"path": run_folder / "registry"},
+        "server": {"workers_on_host": num_workers, "host": host},
+        "handoff": {"host": host},
+    }
+    if mode is Mode.AGGREGATED:
+        changes["router"] = {"disaggregation": "never"}
+    groups = {name: getattr(config, name).model_copy(update=update) for name, update in changes.items()}
+    return config.model_copy(update=groups)
+
+
+def _ready_text(options: ServeOptions, mode: Mode) -> str:
+    base = f"http://{options.host}:{options.http_port}"
+    ports = f"HTTP {options.http_port}   gRPC {options.grpc_port}   metrics {options.metrics_port}"
+    return f"""
+kelp serves {options.config.model.path.name} ({mode.value}, {options.config.executor.dtype}) on {options.host}
+  {ports}
+
+  curl -s {base}/v2/models/llm/generate -d '{{"text_input": "The capital of France is", "max_tokens": 16}}'
+
+Ctrl-C stops it."""
+
+
+@app.command(name="serve")
+def serve_command(
+    model: Annotated[
+        Path | None, typer.Option(help="Hugging Face folder or GGUF file (default: SmolLM2-135M-Instruct).")
+    ] = None,
+    mode: Annotated[Mode, typer.Option(help="Prefill and decode in separate workers, or together.")] = (
+        Mode.DISAGGREGATED
+    ),
+    prefill: Annotated[int, typer.Option(min=1, help="Prefill workers (disaggregated).")] = 1,
+    decode: Annotated[int, typer.Option(min=1, help="Decode workers.")] = 1,
+    isolate: Annotated[bool, typer.Option("--isolate", help="One tritonserver per worker, supervised.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32.")] = None,
+    num_blocks: Annotated[int | None, typer.Option(help="KV blocks per worker; 0 sizes the pool itself.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; loopback unless asked otherwise.")] = "127.0.0.1",
+    http_port: Annotated[int, typer.Option(min=1, max=65535, help="Triton's HTTP port.")] = 8000,
+    grpc_port: Annotated[int, typer.Option(min=1, max=65535, help="Triton's gRPC port.")] = 8001,
+    metrics_port: Annotated[int, typer.Option(min=1, max=65535, help="Triton's metrics port.")] = 8002,
+    config: ConfigFile = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="Any field: group.field=value.")] = None,
+    startup_timeout_s: Annotated[float, typer.Option(help="How long models may take to load.")] = 180.0,
+) -> None:
+    """Serve a model through Triton until Ctrl-C or SIGTERM."""
+    say = _sayer()
+    root, triton = repository_root(), find_triton()
+    link_python_backend(triton, root / "backends")
+    say(f"tritonserver: {triton.version}")
+    folder = prepare_model(model, say)
+    run_folder = serve.make_run_folder()
+    num_prefill = prefill if mode is Mode.DISAGGREGATED else 0
+    try:
+        effective = _effective_config(config, folder, dtype, num_blocks, settings or [])
+        options = ServeOptions(
+            config=_for_run(effective, mode, num_prefill + decode, run_folder, host),
+            host=host,
+            http_port=http_port,
+            grpc_port=grpc_port,
+            metrics_port=metrics_port,
+            num_prefill=num_prefill,
+            num_decode=decode,
+            is_isolated=isolate,
+            startup_timeout_s=startup_timeout_s,
+        )
+        preflight.check(options)
+    except KelpError:
+        serve.remove_run_folder(run_folder)
+        raise
+    environment = {**triton.environment(os.environ), "KELP_CONFIG": str(run_folder / "kelp.yaml")}
+    launch = Launch(triton.binary, environment, root / "model_repository", root / "backends", run_folder)
+    serve.Serving(options, launch, say).run(on_ready=lambda: print(_ready_text(options, mode), flush=True))
+    serve.remove_run_folder(run_folder)
+
+
+@app.command()
+def scale(
+    target: Annotated[str, typer.Argument(help="role=count, for example decode=2 or prefill=3.")],
+    grpc_port: GrpcPort = 8001,
+    host: Annotated[str, typer.Option(help="Host of the running server.")] = "127.0.0.1",
+    drain_timeout_s: Annotated[float, typer.Option(help="How long running requests may take to end.")] = 60.0,
+) -> None:
+    """Start or drain and stop workers of a live server."""
+    role, _, count = target.partition("=")
+    if role not in ("prefill", "decode") or not count.isdigit():
+        raise ConfigError(f"{target!r}: must be prefill=<count> or decode=<count>")
+    fleet = Fleet(f"{host}:{grpc_port}", _sayer())
+    try:
+        fleet.scale(role, int(count), drain_timeout_s)
+    finally:
+        fleet.close()
+
+
+@app.command()
+def drain(
+    worker: Annotated[str, typer.Argument(help="Model name of the worker, for example decode_1.")],
+    grpc_port: GrpcPort = 8001,
+    host: Annotated[str, typer.Option(help="Host of the running server.")] = "127.0.0.1",
+    timeout_s: Annotated[float, typer.Option(help="How long running requests may take to end.")] = 60.0,
+) -> None:
+    """Stop routing to a worker and wait until its requests have ended."""
+    fleet = Fleet(f"{host}:{grpc_port}", _sayer())
+    try:
+        status = fleet.drain(worker, timeout_s)
+    finally:
+        fleet.close()
+    print(f"{worker}: {status.state}, {status.num_running + status.num_waiting} requests, {status.num_leases} leases")
+
+
+@app.command(name="doctor")
+def doctor_command(config: ConfigFile = None) -> None:
+    """Print the effective configuration and what is missing on this machine."""
+    print(yaml.safe_dump(load_config(path=config).model_dump(mode="json"), sort_keys=False))
+    is_fine = True
+    for finding in doctor.examine():
+        print(f"{'ok  ' if finding.is_fine else 'LACK'}  {finding.subject}: {finding.detail}")
+        is_fine = is_fine and finding.is_fine
+    raise typer.Exit(0 if is_fine else 1)
+
+
+@app.command()
+def version() -> None:
+    """Print kelp's version."""
+    print(__version__)
+
+
+def main() -> NoReturn:
+    """Entry point: a typed error is one line on standard error and exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname).1s %(message)s")
+    try:
+        app(standalone_mode=True)
+    except KelpError as error:
+        print(f"error: {error.text}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)

@@ -1,0 +1,1 @@
+"""Prepares a machine and supervises the tritonservers that serve on it."""

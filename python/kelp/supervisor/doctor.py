@@ -1,0 +1,50 @@
+"""`kelp doctor`: what this machine has and lacks."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import psutil
+
+from kelp.core.config import load_config
+from kelp.core.errors import KelpError
+from kelp.supervisor.model import check_model_folder
+from kelp.supervisor.triton import find_triton
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing looked at; `detail` says what was found, or how to get it."""
+
+    subject: str
+    is_fine: bool
+    detail: str
+
+
+def examine() -> Iterator[Finding]:
+    """Look at everything that serving needs."""
+    yield _try("tritonserver", lambda: find_triton().version)
+    yield _try("model", lambda: str(check_model_folder(load_config().model.path)))
+    for package in ("torch", "nixl", "tritonclient", "grpcio", "numpy"):
+        yield _package(package)
+    memory = psutil.virtual_memory()
+    yield Finding("memory", True, f"{memory.available >> 20} MiB of {memory.total >> 20} MiB free")
+    shared = shutil.disk_usage("/dev/shm")
+    yield Finding("/dev/shm", shared.free > 64 << 20, f"{shared.free >> 20} MiB free")
+
+
+def _try(subject: str, look: Callable[[], str]) -> Finding:
+    try:
+        return Finding(subject, True, look())
+    except KelpError as error:
+        return Finding(subject, False, error.text)
+
+
+def _package(name: str) -> Finding:
+    try:
+        return Finding(name, True, importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(name, False, "not installed; run `make setup`")

@@ -1,0 +1,136 @@
+"""What `kelp serve` will start: which servers, which models in each, with which configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kelp.core.config import KelpConfig
+from kelp.core.schema import worker_schema
+from kelp.core.schema_types import TensorSpec
+
+PortPicker = Callable[[str], int]
+"""Returns an unused port of a host."""
+
+MODELS_BESIDE_WORKERS = ("preprocess", "llm")
+"""The public entry and its tokeniser; in the isolated layout they have a server of their own."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """What the user asked for."""
+
+    config: KelpConfig
+    host: str
+    http_port: int
+    grpc_port: int
+    metrics_port: int
+    num_prefill: int
+    num_decode: int
+    is_isolated: bool
+    startup_timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """One worker model: `role` picks the backend, `name` is `role` or `role_<n>`."""
+
+    name: str
+    role: str
+
+    @property
+    def is_on_disk(self) -> bool:
+        """Whether model_repository has it, so that Triton can load it by itself."""
+        return self.name == self.role
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSpec:
+    """One tritonserver.
+
+    Attributes:
+        http_port: None for a server that only other kelp processes talk to.
+        on_disk_models: Loaded by Triton at start.
+        added_workers: Loaded through the repository API once it is up.
+    """
+
+    name: str
+    host: str
+    grpc_port: int
+    http_port: int | None
+    metrics_port: int
+    on_disk_models: tuple[str, ...]
+    added_workers: tuple[WorkerSpec, ...] = ()
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """Everything that must be ready."""
+        return (*self.on_disk_models, *(worker.name for worker in self.added_workers))
+
+    @property
+    def grpc_endpoint(self) -> str:
+        """`host:port` of the gRPC service."""
+        return f"{self.host}:{self.grpc_port}"
+
+
+def worker_names(role: str, count: int) -> list[WorkerSpec]:
+    """The names `role`, `role_1`, `role_2` and so on."""
+    return [WorkerSpec(role if index == 0 else f"{role}_{index}", role) for index in range(count)]
+
+
+def plan_servers(options: ServeOptions, pick_port: PortPicker) -> list[ServerSpec]:
+    """The servers to start, workers first so that the public one finds them."""
+    workers = worker_names("prefill", options.num_prefill) + worker_names("decode", options.num_decode)
+    public = ServerSpec(
+        name="kelp",
+        host=options.host,
+        grpc_port=options.grpc_port,
+        http_port=options.http_port,
+        metrics_port=options.metrics_port,
+        on_disk_models=MODELS_BESIDE_WORKERS,
+    )
+    if options.is_isolated:
+        return [*(isolated_server(worker, options.host, pick_port) for worker in workers), public]
+    on_disk = tuple(worker.name for worker in workers if worker.is_on_disk)
+    added = tuple(worker for worker in workers if not worker.is_on_disk)
+    return [replace(public, on_disk_models=(*on_disk, *MODELS_BESIDE_WORKERS), added_workers=added)]
+
+
+def isolated_server(worker: WorkerSpec, host: str, pick_port: PortPicker) -> ServerSpec:
+    """A server for one worker alone: no crash takes a neighbour along."""
+    return ServerSpec(
+        name=f"kelp-{worker.name}",
+        host=host,
+        grpc_port=pick_port(host),
+        http_port=None,
+        metrics_port=pick_port(host),
+        on_disk_models=(worker.name,) if worker.is_on_disk else (),
+        added_workers=() if worker.is_on_disk else (worker,),
+    )
+
+
+def write_config(config: KelpConfig, path: Path) -> None:
+    """Write the effective configuration where the models read it."""
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def worker_model_config(worker: WorkerSpec) -> dict[str, Any]:
+    """Triton configuration of a worker that is not on disk."""
+    schema = worker_schema(worker.name, worker.role)
+    return {
+        "name": schema.name,
+        "backend": schema.backend,
+        "max_batch_size": 0,
+        "model_transaction_policy": {"decoupled": schema.is_decoupled},
+        "instance_group": [{"count": 1, "kind": "KIND_CPU"}],
+        "input": [{**_tensor(spec), "optional": spec.optional} for spec in schema.inputs],
+        "output": [_tensor(spec) for spec in schema.outputs],
+    }
+
+
+def _tensor(spec: TensorSpec) -> dict[str, Any]:
+    return {"name": spec.name, "data_type": spec.datatype.config_name, "dims": list(spec.dims)}

@@ -1,0 +1,131 @@
+"""`kelp scale` and `kelp drain`: more or fewer workers on a live server, without losing a request."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from kelp.client.base import WorkerAddress
+from kelp.client.grpc import GrpcWorkerClient, TritonControl
+from kelp.core.config import load_config
+from kelp.core.errors import ConfigError, NotFound
+from kelp.core.messages import DrainCommand, WorkerStatus
+from kelp.core.types import WorkerState
+from kelp.registry.base import WorkerRecord
+from kelp.registry.directory import DirectoryRegistry
+from kelp.supervisor import run_state
+from kelp.supervisor.plan import WorkerSpec, worker_model_config, worker_names
+
+_POLL_S = 0.1
+_START_TIMEOUT_S = 180.0
+Say = Callable[[str], None]
+
+
+class Fleet:
+    """The workers behind one public server, however it was started."""
+
+    def __init__(self, endpoint: str, say: Say) -> None:
+        self._control = TritonControl(endpoint)
+        self._endpoint = endpoint
+        self._run = run_state.read_state(int(endpoint.rpartition(":")[2]))
+        self._say = say
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._control.close()
+
+    def workers(self, role: str) -> list[WorkerSpec]:
+        """Workers of a role that run now, in order of their numbers."""
+        if self._run is not None and self._run.is_isolated:
+            return worker_names(role, self._run.num_prefill if role == "prefill" else self._run.num_decode)
+        pattern = re.compile(rf"{role}(?:_(\d+))?")
+        found = [
+            (int(match.group(1) or 0), name)
+            for name, state in self._control.states().items()
+            if state.startswith("READY") and (match := pattern.fullmatch(name))
+        ]
+        return [WorkerSpec(name, role) for _, name in sorted(found)]
+
+    def scale(self, role: str, count: int, drain_timeout_s: float) -> None:
+        """Start or stop workers until there are `count`.
+
+        Raises:
+            ConfigError: A worker did not come up, or `count` makes no sense.
+        """
+        if role == "decode" and count < 1:
+            raise ConfigError("decode: at least 1 worker is needed, got 0")
+        running = self.workers(role)
+        wanted = worker_names(role, count)
+        added = [worker for worker in wanted if worker not in running]
+        removed = [worker for worker in running if worker not in wanted]
+        for worker in reversed(removed):
+            self._say(f"draining {worker.name}")
+            self.drain(worker.name, drain_timeout_s)
+        if self._run is not None and self._run.is_isolated:
+            self._tell_supervisor(role, count)
+        else:
+            self._load_and_unload(added, removed)
+        for worker in added:
+            self._wait_registered(worker.name)
+            self._say(f"{worker.name} serves")
+
+    def drain(self, name: str, timeout_s: float) -> WorkerStatus:
+        """Stop routing to a worker and wait until its requests have ended.
+
+        Raises:
+            NotFound: There is no such worker.
+        """
+        record = self._record(name)
+        if record is None:
+            raise NotFound(f"worker {name!r}: not registered; running: {', '.join(self._names()) or 'none'}")
+        return asyncio.run(_drain(WorkerAddress(record.endpoint, record.model_name), timeout_s))
+
+    def _load_and_unload(self, added: list[WorkerSpec], removed: list[WorkerSpec]) -> None:
+        for worker in removed:
+            self._control.unload(worker.name)
+            self._say(f"unloaded {worker.name}")
+        for worker in added:
+            self._say(f"loading {worker.name}")
+            self._control.load(worker.name, None if worker.is_on_disk else worker_model_config(worker))
+
+    def _tell_supervisor(self, role: str, count: int) -> None:
+        assert self._run is not None
+        num_prefill = count if role == "prefill" else self._run.num_prefill
+        num_decode = count if role == "decode" else self._run.num_decode
+        wanted = run_state.WantedWorkers(num_prefill=num_prefill, num_decode=num_decode)
+        run_state.write_wanted(self._run.run_folder, wanted)
+
+    def _wait_registered(self, name: str) -> None:
+        deadline_s = time.monotonic() + _START_TIMEOUT_S
+        while (record := self._record(name)) is None or record.state is not WorkerState.READY:
+            if time.monotonic() > deadline_s:
+                raise ConfigError(f"worker {name}: not registered after {_START_TIMEOUT_S:.0f} s")
+            time.sleep(_POLL_S)
+
+    def _record(self, name: str) -> WorkerRecord | None:
+        return next((record for record in self._records() if record.model_name == name), None)
+
+    def _names(self) -> list[str]:
+        return [record.model_name for record in self._records()]
+
+    def _records(self) -> list[WorkerRecord]:
+        config = load_config(path=self._config_path())
+        records = DirectoryRegistry(config.registry.path, config.registry.expiry_s).snapshot()
+        if self._run is not None:
+            return records
+        port = self._endpoint.rpartition(":")[2]
+        return [record for record in records if record.endpoint.rpartition(":")[2] == port]
+
+    def _config_path(self) -> Path | None:
+        return None if self._run is None else self._run.run_folder / "kelp.yaml"
+
+
+async def _drain(address: WorkerAddress, timeout_s: float) -> WorkerStatus:
+    client = GrpcWorkerClient()
+    try:
+        return await client.control(address, DrainCommand(timeout_s=timeout_s))
+    finally:
+        await client.close()

@@ -1,0 +1,158 @@
+"""`kelp serve`: start the planned servers, keep them running, stop everything at the end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from kelp.core.errors import KelpError
+from kelp.supervisor import run_state
+from kelp.supervisor.plan import (
+    ServeOptions,
+    ServerSpec,
+    isolated_server,
+    plan_servers,
+    worker_names,
+    write_config,
+)
+from kelp.supervisor.ports import pick_free
+from kelp.supervisor.server import Launch, TritonServer
+
+_WATCH_S = 0.5
+_FIRST_BACKOFF_S = 1.0
+_LONGEST_BACKOFF_S = 30.0
+_HEALTHY_AFTER_S = 60.0
+Say = Callable[[str], None]
+
+
+class Supervised:
+    """A server with its restart history."""
+
+    def __init__(self, server: TritonServer) -> None:
+        self.server = server
+        self._backoff_s = _FIRST_BACKOFF_S
+        self._restart_at_s: float | None = None
+        self._started_s = time.monotonic()
+
+    def watch(self, timeout_s: float, say: Say) -> None:
+        """Restart the server if it died; the wait before it doubles with each early death."""
+        now_s = time.monotonic()
+        name = self.server.spec.name
+        if self.server.is_running():
+            return
+        if self._restart_at_s is None:
+            if now_s - self._started_s > _HEALTHY_AFTER_S:
+                self._backoff_s = _FIRST_BACKOFF_S
+            self._restart_at_s = now_s + self._backoff_s
+            say(f"{name} died; restarting in {self._backoff_s:.0f} s (log: {self.server.log_path})")
+            self._backoff_s = min(self._backoff_s * 2, _LONGEST_BACKOFF_S)
+        if now_s < self._restart_at_s:
+            return
+        self._restart_at_s = None
+        self._started_s = now_s
+        self.server.stop()
+        self.server.start()
+        try:
+            self.server.wait_ready(timeout_s)
+        except KelpError as error:
+            say(f"{name} did not come back: {error}")
+            self.server.stop()
+        else:
+            say(f"{name} is back")
+
+
+class Serving:
+    """All servers of one `kelp serve`."""
+
+    def __init__(self, options: ServeOptions, launch: Launch, say: Say) -> None:
+        self._options = options
+        self._launch = launch
+        self._say = say
+        self._servers: list[Supervised] = []
+        self._stopping = threading.Event()
+
+    def run(self, on_ready: Callable[[], None]) -> None:
+        """Serve until SIGTERM or SIGINT.
+
+        Raises:
+            KelpError: A server did not come up.
+        """
+        for signal_number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signal_number, lambda *_: self._stopping.set())
+        options = self._options
+        write_config(options.config, self._launch.run_folder / "kelp.yaml")
+        try:
+            self._start_all(plan_servers(options, pick_free))
+            self._publish(options.num_prefill, options.num_decode)
+            if not self._stopping.is_set():
+                on_ready()
+            while not self._stopping.wait(_WATCH_S):
+                self._follow_wanted()
+                for supervised in list(self._servers):
+                    supervised.watch(options.startup_timeout_s, self._say)
+        finally:
+            self._stop_all()
+
+    def _start_all(self, specs: list[ServerSpec]) -> None:
+        for spec in specs:
+            self._say(f"starting tritonserver for {', '.join(spec.model_names)} (gRPC {spec.grpc_endpoint})")
+            supervised = Supervised(TritonServer(self._launch, spec))
+            self._servers.append(supervised)
+            supervised.server.start()
+        for supervised in self._servers[-len(specs) :]:
+            started_s = time.monotonic()
+            supervised.server.wait_ready(self._options.startup_timeout_s)
+            names = ", ".join(supervised.server.spec.model_names)
+            self._say(f"ready: {names} ({time.monotonic() - started_s:.1f} s)")
+
+    def _follow_wanted(self) -> None:
+        wanted = run_state.read_wanted(self._launch.run_folder)
+        if not self._options.is_isolated or wanted is None:
+            return
+        workers = worker_names("prefill", wanted.num_prefill) + worker_names("decode", wanted.num_decode)
+        names = {f"kelp-{worker.name}" for worker in workers} | {"kelp"}
+        for supervised in [item for item in self._servers if item.server.spec.name not in names]:
+            self._servers.remove(supervised)
+            supervised.server.stop()
+            self._say(f"stopped {supervised.server.spec.name}")
+        running = {supervised.server.spec.name for supervised in self._servers}
+        missing = [worker for worker in workers if f"kelp-{worker.name}" not in running]
+        if missing:
+            self._start_all([isolated_server(worker, self._options.host, pick_free) for worker in missing])
+        self._publish(wanted.num_prefill, wanted.num_decode)
+
+    def _publish(self, num_prefill: int, num_decode: int) -> None:
+        state = run_state.RunState(
+            pid=os.getpid(),
+            run_folder=self._launch.run_folder,
+            is_isolated=self._options.is_isolated,
+            num_prefill=num_prefill,
+            num_decode=num_decode,
+        )
+        run_state.write_state(self._options.grpc_port, state)
+
+    def _stop_all(self) -> None:
+        run_state.remove_state(self._options.grpc_port)
+        if self._servers:
+            self._say("stopping")
+        stops = [threading.Thread(target=item.server.stop) for item in reversed(self._servers)]
+        for stop in stops:
+            stop.start()
+        for stop in stops:
+            stop.join()
+
+
+def make_run_folder() -> Path:
+    """A fresh folder for one run: configuration, registry, logs."""
+    return Path(tempfile.mkdtemp(prefix="serve-", dir=run_state.user_folder()))
+
+
+def remove_run_folder(folder: Path) -> None:
+    """Remove it once nothing in it is of use any more."""
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,167 @@
+"""One tritonserver process: start, wait until it serves, stop, and leave nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from kelp.client.grpc import TritonControl
+from kelp.core.errors import ConfigError
+from kelp.supervisor import shm
+from kelp.supervisor.plan import ServerSpec, worker_model_config
+
+_BACKENDS = ("python", "kelp_router", "kelp_preprocess", "kelp_prefill", "kelp_decode")
+_STOP_TIMEOUT_S = 20.0
+_POLL_S = 0.1
+_LOG_TAIL_LINES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """Where a tritonserver comes from and where it finds its files."""
+
+    binary: Path
+    environment: Mapping[str, str]
+    model_repository: Path
+    backends: Path
+    run_folder: Path
+
+
+def command_line(launch: Launch, spec: ServerSpec) -> list[str]:
+    """The design's serving command plus addresses, ports and shared-memory prefix."""
+    command = [
+        str(launch.binary),
+        f"--model-repository={launch.model_repository}",
+        f"--backend-directory={launch.backends}",
+        "--model-control-mode=explicit",
+        *(f"--load-model={name}" for name in spec.on_disk_models),
+        "--strict-readiness=false",
+        f"--grpc-address={spec.host}",
+        f"--grpc-port={spec.grpc_port}",
+        f"--metrics-address={spec.host}",
+        f"--metrics-port={spec.metrics_port}",
+        "--exit-timeout-secs=10",
+    ]
+    if spec.http_port is None:
+        command.append("--allow-http=false")
+    else:
+        command += [f"--http-address={spec.host}", f"--http-port={spec.http_port}"]
+    for backend in _BACKENDS:
+        command.append(f"--backend-config={backend},shm-region-prefix-name={shm_prefix(spec)}")
+        command.append(f"--backend-config={backend},shm-default-byte-size={shm.BYTES_PER_MODEL}")
+    return command
+
+
+def shm_prefix(spec: ServerSpec) -> str:
+    """Prefix of the server's shared-memory regions: one per gRPC port, so that leftovers are known as such."""
+    return f"kelp_{os.getuid()}_{spec.grpc_port}_"
+
+
+class TritonServer:
+    """A supervised tritonserver; all methods block."""
+
+    def __init__(self, launch: Launch, spec: ServerSpec) -> None:
+        self._launch = launch
+        self.spec = spec
+        self.log_path = launch.run_folder / f"{spec.name}.log"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start the process; its output goes to the log file."""
+        shm.sweep(shm_prefix(self.spec))
+        with self.log_path.open("ab") as log:
+            self._process = subprocess.Popen(
+                command_line(self._launch, self.spec),
+                env=dict(self._launch.environment),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def is_running(self) -> bool:
+        """Whether the process lives."""
+        return self._process is not None and self._process.poll() is None
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Wait until all models serve, adding the ones that are not on disk.
+
+        Raises:
+            ConfigError: The server died, a model failed to load, or it took too long; quotes the reason.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        with contextlib.closing(TritonControl(self.spec.grpc_endpoint)) as control:
+            for name in self.spec.on_disk_models:
+                self._wait_model(control, name, deadline_s)
+            for worker in self.spec.added_workers:
+                control.load(worker.name, worker_model_config(worker))
+                self._wait_model(control, worker.name, deadline_s)
+
+    def stop(self) -> None:
+        """Stop server and stubs, by force if they do not go, and free their shared memory."""
+        if self._process is None:
+            return
+        family = self._family()
+        if self.is_running():
+            self._process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_STOP_TIMEOUT_S)
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(family, timeout=5.0)
+        self._process.wait()
+        shm.sweep(shm_prefix(self.spec))
+
+    def _family(self) -> list[psutil.Process]:
+        assert self._process is not None
+        try:
+            server = psutil.Process(self._process.pid)
+            return [*server.children(recursive=True), server]
+        except psutil.NoSuchProcess:
+            return orphaned_stubs(shm_prefix(self.spec))
+
+    def _wait_model(self, control: TritonControl, name: str, deadline_s: float) -> None:
+        while not control.is_model_ready(name):
+            if not self.is_running():
+                raise ConfigError(f"tritonserver ended while loading {name}: {self._last_words()}")
+            if "UNAVAILABLE" in (state := self._state(control, name)) and ":" in state:
+                raise ConfigError(f"model {name} did not load: {_first_line(state)}; log: {self.log_path}")
+            if time.monotonic() > deadline_s:
+                raise ConfigError(f"model {name} was not ready in time; log: {self.log_path}")
+            time.sleep(_POLL_S)
+
+    def _state(self, control: TritonControl, name: str) -> str:
+        with contextlib.suppress(Exception):
+            return control.states().get(name, "")
+        return ""
+
+    def _last_words(self) -> str:
+        lines = self.log_path.read_text(errors="replace").splitlines()
+        errors = [line for line in lines if "KELP_" in line or line.startswith("E") or "error" in line.lower()]
+        return f"{(errors or lines or ['no output'])[-1][:500]} (log: {self.log_path})"
+
+
+def _first_line(text: str) -> str:
+    found = [line for line in text.splitlines() if "[KELP_" in line]
+    return (found or text.splitlines())[0].strip()[:500]
+
+
+def orphaned_stubs(prefix: str) -> list[psutil.Process]:
+    """Stubs that outlived their server, recognised by the shared-memory prefix on their command line."""
+    orphans = []
+    for process in psutil.process_iter(["cmdline"]):
+        arguments = process.info["cmdline"] or []
+        if any("triton_python_backend_stub" in argument for argument in arguments[:1]) and any(
+            prefix in argument for argument in arguments
+        ):
+            orphans.append(process)
+    return orphans
