@@ -21,7 +21,7 @@ _TIMEOUT_S = 20
 
 
 def _resolve(requirement: str, index: str) -> dict[str, Any]:
-    """pip's own answer to what it would install, without installing it."""
+    """What pip would install, asked without installing it."""
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--no-deps", "--quiet"]
     source = ["--index-url", index] if index else []
     done = subprocess.run(

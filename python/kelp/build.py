@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import os
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,6 @@ from kelp.client.grpc import GrpcWorkerClient
 from kelp.core.cancel_watch import CancelWatch
 from kelp.core.clock import SystemClock
 from kelp.core.config import KelpConfig
-from kelp.core.messages import PeerDescription
 from kelp.core.metrics import Metrics
 from kelp.core.outbox import Outbox
 from kelp.executor.base import Executor
@@ -28,7 +26,8 @@ from kelp.text.detokenizer import Detokenizer, new_detokenizer
 from kelp.text.preprocess import PreprocessLimits, Preprocessor
 from kelp.text.stop_words import StopWords
 from kelp.text.tokenizer import Tokenizer
-from kelp.transport.base import Agent, Region
+from kelp.transport import open_agent
+from kelp.transport.layout import describe_pool, pool_region
 from kelp.worker.service import WorkerIdentity, WorkerParts, WorkerService
 
 _VIEW_REFRESHES_PER_HEARTBEAT = 4
@@ -49,29 +48,20 @@ def build_executor(config: KelpConfig) -> Executor:
     return load_torch_executor(config.model.path, options)
 
 
-def build_agent(config: KelpConfig, name: str) -> Agent:
-    """The transport endpoint of one process."""
-    if config.handoff.transport == "local":
-        from kelp.transport.local import LocalAgent
-
-        return LocalAgent(name)
-    from kelp.transport.nixl import NixlAgent
-
-    return NixlAgent(name)
-
-
 def build_worker(identity: WorkerIdentity, config: KelpConfig, metrics: Metrics) -> WorkerService:
     """One worker; blocks while the model loads."""
     executor = build_executor(config)
     layout, memory = executor.layout, executor.pool_memory
-    agent = build_agent(config, identity.worker_id)
-    agent.register(Region(memory.base_address, layout.num_blocks, layout.block_bytes, memory.device), memory.owner)
+    agent = open_agent(config.handoff.transport, identity.worker_id)
+    region = pool_region(layout, memory.base_address, memory.device)
+    agent.register(region, memory.owner)
+    description = describe_pool(agent, layout, region, identity.worker_id, identity.epoch)
     clock = SystemClock()
     registry = DirectoryRegistry(config.registry.path, config.registry.expiry_s)
     registry.sweep()
     parts = WorkerParts(
         executor=executor,
-        handoffs=HandoffServer(_describe(identity, agent, executor), config.handoff, clock),
+        handoffs=HandoffServer(description, config.handoff, clock),
         reader=HandoffReader(agent, layout, config.handoff, clock),
         agent=agent,
         registry=registry,
@@ -79,19 +69,6 @@ def build_worker(identity: WorkerIdentity, config: KelpConfig, metrics: Metrics)
         metrics=metrics,
     )
     return WorkerService(identity, parts, config)
-
-
-def _describe(identity: WorkerIdentity, agent: Agent, executor: Executor) -> PeerDescription:
-    layout, memory = executor.layout, executor.pool_memory
-    return PeerDescription(
-        worker=identity.worker_id,
-        epoch=identity.epoch,
-        agent_name=agent.name,
-        agent_metadata_hex=agent.metadata().hex(),
-        base_address=memory.base_address,
-        device=memory.device,
-        **dataclasses.asdict(layout),
-    )
 
 
 class ModelText:

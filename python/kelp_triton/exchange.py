@@ -42,8 +42,13 @@ class Exchange:
         return dict(json.loads(self._request.parameters() or "{}"))
 
     def is_cancelled(self) -> bool:
-        """Whether the client cancelled or disconnected; a round trip to the server."""
-        return bool(self._sender.is_cancelled())
+        """Whether the client cancelled or disconnected; a round trip to the server.
+
+        Never asked after FINAL, nor while it is being sent: Triton frees the response factory then, and asking
+        it crashes the whole server (seen with 2.51: SIGSEGV in TRITONBACKEND_ResponseFactoryIsCancelled).
+        """
+        with self._lock:
+            return self._is_open and bool(self._sender.is_cancelled())
 
     def send(self, outputs: Tensors, is_final: bool = False) -> None:
         """Send one response."""

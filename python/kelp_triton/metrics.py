@@ -35,14 +35,15 @@ class MetricsExporter:
         self._thread.join(timeout=5.0)
 
     def _run(self) -> None:
-        is_last = False
-        while not is_last:
-            is_last = self._stopping.wait(self._period_s)
-            try:
+        try:
+            while not self._stopping.wait(self._period_s):
                 self._flush()
-            except pb_utils.TritonModelException as error:
-                _log.warning("metrics not exported: %s", error)
-                return
+            self._flush()
+        except pb_utils.TritonModelException as error:
+            _log.warning("metrics not exported: %s", error)
+        # A Metric that lives until the interpreter ends calls a stub that is gone by then, and crashes.
+        self._series.clear()
+        self._families.clear()
 
     def _flush(self) -> None:
         counters, gauges, observations = self._metrics.take()

@@ -108,7 +108,7 @@ class RouterConfig(_Group):
     """Refuse larger prompts before looking at them."""
     max_stop_words: Annotated[int, Field(ge=1)] = 64
     """Entries in `stop_words` and in `bad_words`."""
-    cancel_poll_s: _Positive = 0.05
+    cancel_poll_s: _Positive = 0.1
     """How often Triton is asked whether the client has gone."""
 
 

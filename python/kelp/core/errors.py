@@ -38,7 +38,7 @@ class KelpError(Exception):
         http_status: What an HTTP frontend of ours answers.
         grpc_status: Name of the gRPC status code.
         triton_code: Name of the `TritonError` code.
-        is_retryable: Whether the same request may succeed elsewhere or later.
+        is_retryable: Whether another attempt, on other workers or later, may succeed.
     """
 
     code: ClassVar[str] = "INTERNAL"
@@ -80,6 +80,7 @@ class NotFound(KelpError):
     """A named model, worker or handoff does not exist."""
 
     code = "NOT_FOUND"
+    is_retryable = True
     http_status = 404
     grpc_status = "NOT_FOUND"
     triton_code = "NOT_FOUND"
@@ -110,13 +111,13 @@ class TransferError(KelpError):
     grpc_status = "UNAVAILABLE"
     triton_code = "UNAVAILABLE"
     http_status = 503
+    is_retryable = True
 
 
 class RetryableTransferError(TransferError):
     """The same transfer may succeed against the same peer."""
 
     code = "TRANSFER_RETRYABLE"
-    is_retryable = True
 
 
 class FatalTransferError(TransferError):
@@ -157,6 +158,7 @@ class ProtocolError(KelpError):
     """A peer sent something that its protocol does not allow."""
 
     code = "PROTOCOL"
+    is_retryable = True
 
 
 class InternalError(KelpError):

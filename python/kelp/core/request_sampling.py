@@ -22,7 +22,7 @@ _MAX_INT32 = 2**31 - 1
 _GREEDY_BELOW = 1e-5
 """As in vLLM: dividing logits by less would only overflow."""
 
-_NUMBERS: dict[str, NumberRange] = {
+NUMBER_RANGES: dict[str, NumberRange] = {
     "max_tokens": NumberRange(1, _MAX_INT32, is_integer=True),
     "min_tokens": NumberRange(0, _MAX_INT32, is_integer=True),
     "temperature": NumberRange(0, 100),
@@ -52,16 +52,16 @@ _DEFAULTS: dict[str, float] = {
 }
 _OTHERS = ("ignore_eos", "stop_words", "bad_words", "stop_token_ids", "lora_name")
 
-_VLLM_NAMES: dict[str, str] = {
+VLLM_NAMES: dict[str, str] = {
     "seed": "random_seed",
     "n": "num_return_sequences",
     "stop": "stop_words",
-    **{name: name for name in _NUMBERS if name not in ("random_seed", "end_id", "num_return_sequences")},
+    **{name: name for name in NUMBER_RANGES if name not in ("random_seed", "end_id", "num_return_sequences")},
     **{name: name for name in _OTHERS if name != "stop_words"},
 }
 """Keys of vLLM's SamplingParams, and the `lora_name` its backend adds, by our names."""
 
-_VLLM_NEUTRAL: dict[str, tuple[str, ...]] = {
+VLLM_NEUTRAL: dict[str, tuple[str, ...]] = {
     "best_of": ("1",),
     "use_beam_search": ("false", "0"),
     "length_penalty": ("0", "0.0", "1", "1.0"),
@@ -107,10 +107,10 @@ def _read_vllm(values: Mapping[str, object], where: str, refuse_unknown: bool) -
         field = f"{where}.{short_repr(key)[1:-1]}"
         if value is None or key in _VLLM_NO_EFFECT:
             continue
-        if key in _VLLM_NAMES:
-            given[_VLLM_NAMES[key]] = _Given(field, value)
-        elif key in _VLLM_NEUTRAL:
-            if str(value).lower() not in _VLLM_NEUTRAL[key]:
+        if key in VLLM_NAMES:
+            given[VLLM_NAMES[key]] = _Given(field, value)
+        elif key in VLLM_NEUTRAL:
+            if str(value).lower() not in VLLM_NEUTRAL[key]:
                 raise NotSupported(f"{field}: {short_repr(value)} asks for something this server does not do")
         elif refuse_unknown:
             raise InvalidRequest(f"{field}: no such sampling parameter")
@@ -132,7 +132,7 @@ def _parse_json(text: str) -> Mapping[str, object]:
 def _gather(inputs: Mapping[str, InputValue], parameters: Mapping[str, object]) -> dict[str, _Given]:
     text = inputs.get("sampling_parameters", "")
     assert isinstance(text, str)
-    single = {name: _Given(name, inputs[name]) for name in (*_NUMBERS, *_OTHERS) if name in inputs}
+    single = {name: _Given(name, inputs[name]) for name in (*NUMBER_RANGES, *_OTHERS) if name in inputs}
     # Request parameters may also come from Triton itself or a tracer, so unknown ones are not ours to refuse.
     weakest = _read_vllm(parameters, "parameters", refuse_unknown=False)
     strongest = _read_vllm(_parse_json(text), "sampling_parameters", refuse_unknown=True)
@@ -193,7 +193,7 @@ def read_sampling(
     given = _gather(inputs, parameters)
     numbers = {
         name: read_number(given[name].field, given[name].value, allowed) if name in given else _DEFAULTS[name]
-        for name, allowed in _NUMBERS.items()
+        for name, allowed in NUMBER_RANGES.items()
     }
     _refuse_unsupported(numbers, given)
     if numbers["min_tokens"] > numbers["max_tokens"]:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from kelp.client.base import WorkerAddress, WorkerClient, WorkerOutput, WorkerStream
 from kelp.core.clock import Clock
-from kelp.core.errors import KelpError, ProtocolError, WorkerLost
+from kelp.core.errors import InternalError, KelpError, ProtocolError, WorkerLost
 from kelp.core.messages import Finished, Rendezvous
 from kelp.core.types import HandoffShape, Role
 from kelp.registry.base import WorkerRecord
 from kelp.router.job import Job
 from kelp.router.placement import Placement, WorkersView
 
+_log = logging.getLogger(__name__)
 _LIVENESS_CHECK_S = 1.0
 _End = KelpError | None
 
@@ -78,6 +80,10 @@ class WorkerLeg:
             self._queue.put_nowait(None)
         except KelpError as error:
             self._queue.put_nowait(error)
+        except Exception as error:
+            # Whoever waits for this stream must hear of its end, whatever ended it.
+            _log.exception("reading from worker %s failed", self._record.worker_id)
+            self._queue.put_nowait(InternalError(f"{type(error).__name__}: {error}"))
 
     def _check_liveness(self) -> None:
         silent_s = self._loop.time() - self._last_heard_s
@@ -102,12 +108,13 @@ class Attempt:
         self._prompt = job.tokens()
         self._num_generated = len(job.generated)
         self._legs: list[WorkerLeg] = []
+        self._has_decoded = False
         self.failed_worker: WorkerRecord | None = None
 
     @property
-    def is_prefill_failure(self) -> bool:
-        """Whether the remote prefill, not the decoding, went wrong."""
-        return self._placement.prefill is not None and not self._job.generated
+    def is_handoff_failure(self) -> bool:
+        """Whether remote prefill or the way of its KV, not the decoding, went wrong."""
+        return self._placement.prefill is not None and not self._has_decoded
 
     async def run(self) -> Finished:
         """Run to the end of the sequence.
@@ -166,6 +173,8 @@ class Attempt:
             raise
 
     def _note(self, output: WorkerOutput, record: WorkerRecord) -> None:
+        if record is self._placement.decode:
+            self._has_decoded = self._has_decoded or bool(output.token_ids)
         if output.event is None:
             return
         if record is self._placement.prefill:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from kelp.core.errors import DeadlineExceeded
 from kelp.core.messages import Finished, GenerateCommand, Progress, Rendezvous, SamplingParams
 from kelp.core.preprocess_messages import PreparedPrompt
-from kelp.core.types import Role
+from kelp.core.types import FinishReason, Role
 from kelp.router.policies import RoutingRequest
 
 
@@ -66,6 +66,17 @@ class Job:
             rendezvous=rendezvous,
             remaining_ms=self.remaining_s() * 1e3,
         )
+
+    def finish_reason(self, eos_token_ids: frozenset[int]) -> FinishReason | None:
+        """Whether the tokens so far are a whole answer, should the worker that knew it be lost."""
+        if not self.generated:
+            return None
+        ends = frozenset(self.sampling.stop_token_ids)
+        if not self.sampling.ignore_eos:
+            ends |= eos_token_ids
+        if self.generated[-1] in ends and len(self.generated) >= self.sampling.min_tokens:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if len(self.generated) >= self.sampling.max_tokens else None
 
     def remaining_s(self) -> float:
         """Time left.

@@ -12,7 +12,7 @@ from kelp.client.base import WorkerOutput, WorkerStream
 from kelp.core.cancel_watch import CancelWatch
 from kelp.core.clock import Clock
 from kelp.core.config import RouterConfig
-from kelp.core.errors import DeadlineExceeded, KelpError, RequestCancelled, TransferError, WorkerLost
+from kelp.core.errors import CapacityError, DeadlineExceeded, KelpError, RequestCancelled, WorkerLost
 from kelp.core.exchange import Exchange
 from kelp.core.messages import SamplingParams
 from kelp.core.metrics import REQUESTS, RETRIES, Metrics
@@ -157,7 +157,7 @@ class Conversation:
         self._config = config
         self._job = job
         self._failed: set[WorkerKey] = set()
-        self._num_prefill_failures = 0
+        self._num_handoff_failures = 0
         self._stopped = asyncio.Event()
         self._sent_last = asyncio.Event()
 
@@ -195,7 +195,7 @@ class Conversation:
             placement = self._parts.placer.place(
                 self._job.routing(),
                 frozenset(self._failed),
-                self._num_prefill_failures <= self._config.max_prefill_retries,
+                self._num_handoff_failures <= self._config.max_prefill_retries,
             )
             self._job.worker_ids = placement.worker_ids
             attempt = Attempt(self._parts.attempts, self._job, placement, relay)
@@ -203,15 +203,19 @@ class Conversation:
                 with self._parts.placer.counting(placement):
                     finished = await attempt.run()
                 return finished.finish_reason or FinishReason.ERROR
-            except (WorkerLost, TransferError) as error:
+            except KelpError as error:
                 self._note_failure(attempt, error)
-                if num_attempt == _MAX_ATTEMPTS:
+                if num_attempt == _MAX_ATTEMPTS or not error.is_retryable:
                     raise
+                ended = self._job.finish_reason(self._parts.text.eos_token_ids)
+                if ended is not None:
+                    return ended
         raise WorkerLost("no attempt was made")
 
     def _note_failure(self, attempt: Attempt, error: KelpError) -> None:
-        self._parts.metrics.add(RETRIES, reason=error.code.lower())
-        if attempt.failed_worker is not None and isinstance(error, WorkerLost):
+        if error.is_retryable:
+            self._parts.metrics.add(RETRIES, reason=error.code.lower())
+        if attempt.failed_worker is not None and isinstance(error, (WorkerLost, CapacityError)):
             self._failed.add(key_of(attempt.failed_worker))
-        if attempt.is_prefill_failure:
-            self._num_prefill_failures += 1
+        if attempt.is_handoff_failure:
+            self._num_handoff_failures += 1

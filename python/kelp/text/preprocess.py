@@ -98,8 +98,15 @@ class Preprocessor:
             return (self.tokenizer.decode(ids.tolist()) if options.return_prompt_text else ""), ids
         if prompt.messages:
             text = self._template.render(parse_messages(prompt.messages))
-            return text, self.tokenizer.encode(text, add_special_tokens=False)
-        return prompt.text, self.tokenizer.encode(prompt.text, options.add_special_tokens)
+            add_special_tokens = False
+        else:
+            text, add_special_tokens = prompt.text, options.add_special_tokens
+        least = self.tokenizer.min_num_tokens(text)
+        if least > self.max_model_tokens:
+            raise PromptTooLong(
+                f"{prompt.field}: at least {least} prompt tokens exceed the limit of {self.max_model_tokens} tokens"
+            )
+        return text, self.tokenizer.encode(text, add_special_tokens)
 
     def _check_vocabulary(self, ids: npt.NDArray[np.int32]) -> None:
         foreign = np.flatnonzero((ids < 0) | (ids >= self.tokenizer.vocab_size))

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer as HuggingFaceTokenizer
 
 from kelp.core.errors import ConfigError
 from kelp.text.model_files import first_positive_int, read_json, special_token, text_configs
+from kelp.text.token_bound import longest_token_bytes
 
 
 @lru_cache(maxsize=1)
@@ -79,7 +80,9 @@ class Tokenizer:
         self._special_ids = frozenset(
             token_id for token_id, token in self._tokenizer.get_added_tokens_decoder().items() if token.special
         )
-        decoders = _decoder_types(json.loads(self._tokenizer.to_str())["decoder"])
+        document = json.loads(self._tokenizer.to_str())
+        self._longest_token_bytes = longest_token_bytes(document)
+        decoders = _decoder_types(document["decoder"])
         self.is_byte_level = bool(decoders) and set(decoders) <= {"ByteLevel", "Fuse"}
         self.has_byte_fallback = "ByteFallback" in decoders
 
@@ -87,6 +90,12 @@ class Tokenizer:
         """Token ids `[num_tokens] int32`, the same as `transformers` gives for `tokenizer(text)`."""
         encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return np.array(encoding.ids, dtype=np.int32)
+
+    def min_num_tokens(self, text: str) -> int:
+        """Tokens that `text` has at least; cheap, and 0 where this tokenizer allows no such bound."""
+        if not self._longest_token_bytes:
+            return 0
+        return len(text.encode()) // self._longest_token_bytes
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of all ids together; special tokens and ids that stand for nothing are left out."""

@@ -44,8 +44,7 @@ _ENVIRONMENT = {
 }
 """Set where the operator has not; without the last one UCX's registration cache grows without bound."""
 
-_WARM_UP_TIMEOUT_S = 10.0
-_WARM_UP_POLL_S = 0.0005
+_WARM_UP_TIMEOUT_S, _WARM_UP_POLL_S = 10.0, 0.0005
 _PROTOCOL_ERRORS = ("nixlNotFoundError", "nixlInvalidParamError", "nixlMismatchError", "nixlNotAllowedError")
 
 

@@ -136,9 +136,7 @@ async def open_rig(
     endpoint = await server.start("127.0.0.1")
     channel = grpc.aio.insecure_channel(endpoint)
     try:
-        yield Rig(
-            server, reader, endpoint, channel, faults, decode_agent, remote, local, prefill_clock, decode_clock
-        )
+        yield Rig(server, reader, endpoint, channel, faults, decode_agent, remote, local, prefill_clock, decode_clock)
     finally:
         await channel.close(None)
         await reader.close()

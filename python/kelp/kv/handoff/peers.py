@@ -60,22 +60,26 @@ class PeerDirectory:
         """Connections, also those being dropped."""
         return len(self._connections) + len(self._dropping)
 
-    async def get(self, rendezvous: Rendezvous) -> Connection:
-        """The connection to the incarnation that `rendezvous` names; made if need be, shared between callers.
+    def get(self, rendezvous: Rendezvous) -> asyncio.Future[Connection]:
+        """The connection to the incarnation that `rendezvous` names; made if need be.
 
-        Raises:
+        The future is shared between callers, so none of them cancels it. It raises
+
             WorkerLost: Unreachable, or another incarnation answers.
             ProtocolError: The peer's pool does not match ours, or its answer is malformed.
             TransferError: The transport cannot reach it.
+            CapacityError: Too many peers are in use.
         """
         known = self._connections.get(rendezvous.endpoint)
         if known is not None and known.epoch == rendezvous.prefill_epoch:
-            return known
+            ready: asyncio.Future[Connection] = asyncio.get_running_loop().create_future()
+            ready.set_result(known)
+            return ready
         key = (rendezvous.endpoint, rendezvous.prefill_epoch)
         if key not in self._opening:
-            task = self._opening[key] = asyncio.create_task(self._open(rendezvous))
-            task.add_done_callback(lambda done: self._opened(key, done))
-        return await asyncio.shield(self._opening[key])
+            self._opening[key] = asyncio.create_task(self._open(rendezvous))
+            self._opening[key].add_done_callback(lambda done: self._opened(key, done))
+        return self._opening[key]
 
     def drop(self, connection: Connection) -> asyncio.Task[None]:
         """Disconnect; when the returned task is done, no READ from this peer writes into local memory."""

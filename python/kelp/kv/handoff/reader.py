@@ -94,11 +94,12 @@ class HandoffReader:
         await asyncio.get_running_loop().run_in_executor(None, self._reads.close)
 
     async def _connect(self, rendezvous: Rendezvous, plan: FetchPlan) -> Connection:
-        remaining_s = None if plan.deadline_s is None else plan.deadline_s - self._clock.monotonic_s()
-        try:
-            return await asyncio.wait_for(self._peers.get(rendezvous), remaining_s)
-        except asyncio.TimeoutError:
-            raise DeadlineExceeded(f"handoff: {rendezvous.endpoint} was not connected before the deadline") from None
+        remaining_s = None if plan.deadline_s is None else max(0.0, plan.deadline_s - self._clock.monotonic_s())
+        connecting = self._peers.get(rendezvous)
+        await asyncio.wait({connecting}, timeout=remaining_s)
+        if not connecting.done():
+            raise DeadlineExceeded(f"handoff: {rendezvous.endpoint} was not connected before the deadline")
+        return connecting.result()
 
     async def _run(self, connection: Connection, handoff_id: str, plan: FetchPlan) -> FetchResult:
         fetch = Fetch(self._context, connection, plan)

@@ -7,8 +7,10 @@ lease's ttl gives blocks back, never the end of the stream.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any
 
+import grpc
 from pydantic import BaseModel
 
 from kelp.core.errors import KelpError, ProtocolError
@@ -37,11 +39,13 @@ class AttachSession:
 
     async def run(self) -> None:
         """Serve the reader; whatever it does wrong, it is told as `HandoffFailed`."""
-        try:
-            offer = await self._attach()
-            await self._converse(offer)
-        except KelpError as error:
-            await self._write(failed_event(error))
+        # gRPC's own errors mean that the reader has gone; then only its lease says when the blocks are free.
+        with contextlib.suppress(grpc.aio.BaseError):
+            try:
+                offer = await self._attach()
+                await self._converse(offer)
+            except KelpError as error:
+                await self._write(failed_event(error))
 
     async def _attach(self) -> Offer:
         try:

@@ -90,12 +90,14 @@ class AttachStream:
                 if not isinstance(raw, bytes):  # gRPC's end-of-stream marker
                     self._events.on_broken(WorkerLost(f"prefill worker {self._endpoint} ended the handoff"), False)
                     return
-                self._take(raw)
+                try:
+                    self._take(raw)
+                except KelpError as error:
+                    # The stream goes on: it still has to carry the acknowledgement that ends the lease.
+                    self._events.on_broken(error, False)
         except grpc.RpcError as error:
             broken = from_rpc_error(error, self._endpoint)
             self._events.on_broken(broken, isinstance(broken, WorkerLost))
-        except KelpError as error:
-            self._events.on_broken(error, False)
         except asyncio.CancelledError:
             self._events.on_broken(WorkerLost(f"the connection to {self._endpoint} was closed"), False)
             raise
