@@ -6,12 +6,15 @@ thread asks for all open requests, a few times a second, so that no event loop b
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from kelp.core.exchange import Exchange
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,8 +45,7 @@ class CancelWatch:
         try:
             yield
         finally:
-            with self._lock:
-                self._watched.discard(watched)
+            self._forget(watched)
 
     def close(self) -> None:
         """Stop the thread."""
@@ -63,9 +65,19 @@ class CancelWatch:
             if not watched and not self._stopping.is_set():
                 self._has_work.clear()
         for item in watched:
-            if item.exchange.is_cancelled():
-                with self._lock:
-                    is_open = item in self._watched
-                    self._watched.discard(item)
-                if is_open:
-                    item.on_cancel()
+            try:
+                self._ask(item)
+            except Exception:
+                _log.exception("a client cannot be watched; its request goes on without")
+                self._forget(item)
+
+    def _ask(self, item: _Watched) -> None:
+        if item.exchange.is_cancelled() and self._forget(item):
+            item.on_cancel()
+
+    def _forget(self, item: _Watched) -> bool:
+        """Whether it was still watched."""
+        with self._lock:
+            is_open = item in self._watched
+            self._watched.discard(item)
+        return is_open

@@ -118,7 +118,10 @@ class Completed:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The executor gave the request up; nothing of it is held any more."""
+    """The executor gave the request up.
+
+    Nothing of it is held any more but announced blocks until `release_export`, and reserved ones until `end_import`.
+    """
 
     error: KelpError
 
@@ -147,6 +150,16 @@ class ExecutorRequest:
     sink: Sink = field(repr=False)
     num_generated: int = 0
     deadline_s: float | None = None
+
+    @property
+    def num_original_tokens(self) -> int:
+        """Length of the client's own prompt: where the output starts."""
+        return len(self.prompt) - self.num_generated
+
+    @property
+    def num_tokens_to_come(self) -> int:
+        """Most tokens that this request may still generate."""
+        return self.sampling.max_tokens - self.num_generated
 
 
 class Executor(Protocol):
@@ -192,9 +205,9 @@ class Executor(Protocol):
         """The KV will not come and no transfer writes any more: compute the prompt here, first token included."""
 
     def end_import(self, request_id: str) -> None:
-        """After an abort: no transfer writes into the reserved blocks any more; they may be freed.
+        """After an abort or failure: no transfer writes into the reserved blocks any more; they may be freed.
 
-        Required once for each `Reserved` request that was aborted before `complete_import` or `fail_import`.
+        Required once for each `Reserved` request that was aborted or failed before `complete_import` or `fail_import`.
         """
 
     def release_export(self, request_id: str) -> None:

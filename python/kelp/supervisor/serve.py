@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from kelp.core.errors import KelpError
 from kelp.supervisor import run_state
@@ -24,11 +26,53 @@ from kelp.supervisor.plan import (
 from kelp.supervisor.ports import pick_free
 from kelp.supervisor.server import Launch, TritonServer
 
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _WATCH_S = 0.5
 _FIRST_BACKOFF_S = 1.0
 _LONGEST_BACKOFF_S = 30.0
 _HEALTHY_AFTER_S = 60.0
 Say = Callable[[str], None]
+
+
+class StopRequested(BaseException):
+    """SIGTERM or SIGINT came; raised in the main thread, wherever it is."""
+
+
+class StopSignals:
+    """Turns the first SIGTERM, SIGINT or SIGHUP into StopRequested and ignores the others."""
+
+    def __init__(self) -> None:
+        self._is_held = False
+        self._has_come = False
+
+    def install(self) -> None:
+        """Take the signals over."""
+        for signal_number in _STOP_SIGNALS:
+            signal.signal(signal_number, self._on_signal)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """A signal waits until the block has ended: a process that was just started must not be lost.
+
+        The signal mask would do the same, but children inherit it.
+        """
+        self._is_held = True
+        try:
+            yield
+        finally:
+            self._is_held = False
+        if self._has_come:
+            raise StopRequested
+
+    def ignore(self) -> None:
+        """From now on, only SIGKILL ends the process early."""
+        self._is_held = True
+
+    def _on_signal(self, *_: object) -> None:
+        if not self._has_come:
+            self._has_come = True
+            if not self._is_held:
+                raise StopRequested
 
 
 class Supervised:
@@ -40,7 +84,7 @@ class Supervised:
         self._restart_at_s: float | None = None
         self._started_s = time.monotonic()
 
-    def watch(self, timeout_s: float, say: Say) -> None:
+    def watch(self, timeout_s: float, say: Say, signals: StopSignals) -> None:
         """Restart the server if it died; the wait before it doubles with each early death."""
         now_s = time.monotonic()
         name = self.server.spec.name
@@ -56,8 +100,9 @@ class Supervised:
             return
         self._restart_at_s = None
         self._started_s = now_s
-        self.server.stop()
-        self.server.start()
+        with signals.held():
+            self.server.stop()
+            self.server.start()
         try:
             self.server.wait_ready(timeout_s)
         except KelpError as error:
@@ -75,7 +120,7 @@ class Serving:
         self._launch = launch
         self._say = say
         self._servers: list[Supervised] = []
-        self._stopping = threading.Event()
+        self._signals = StopSignals()
 
     def run(self, on_ready: Callable[[], None]) -> None:
         """Serve until SIGTERM or SIGINT.
@@ -83,28 +128,34 @@ class Serving:
         Raises:
             KelpError: A server did not come up.
         """
-        for signal_number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signal_number, lambda *_: self._stopping.set())
+        self._signals.install()
+        try:
+            self._serve(on_ready)
+        except StopRequested:
+            self._say("stopping")
+        finally:
+            self._signals.ignore()
+            self._stop_all()
+
+    def _serve(self, on_ready: Callable[[], None]) -> NoReturn:
         options = self._options
         write_config(options.config, self._launch.run_folder / "kelp.yaml")
-        try:
-            self._start_all(plan_servers(options, pick_free))
-            self._publish(options.num_prefill, options.num_decode)
-            if not self._stopping.is_set():
-                on_ready()
-            while not self._stopping.wait(_WATCH_S):
-                self._follow_wanted()
-                for supervised in list(self._servers):
-                    supervised.watch(options.startup_timeout_s, self._say)
-        finally:
-            self._stop_all()
+        self._start_all(plan_servers(options, pick_free))
+        self._publish(options.num_prefill, options.num_decode)
+        on_ready()
+        while True:
+            time.sleep(_WATCH_S)
+            self._follow_wanted()
+            for supervised in list(self._servers):
+                supervised.watch(options.startup_timeout_s, self._say, self._signals)
 
     def _start_all(self, specs: list[ServerSpec]) -> None:
         for spec in specs:
             self._say(f"starting tritonserver for {', '.join(spec.model_names)} (gRPC {spec.grpc_endpoint})")
             supervised = Supervised(TritonServer(self._launch, spec))
             self._servers.append(supervised)
-            supervised.server.start()
+            with self._signals.held():
+                supervised.server.start()
         for supervised in self._servers[-len(specs) :]:
             started_s = time.monotonic()
             supervised.server.wait_ready(self._options.startup_timeout_s)
@@ -139,8 +190,6 @@ class Serving:
 
     def _stop_all(self) -> None:
         run_state.remove_state(self._options.grpc_port)
-        if self._servers:
-            self._say("stopping")
         stops = [threading.Thread(target=item.server.stop) for item in reversed(self._servers)]
         for stop in stops:
             stop.start()

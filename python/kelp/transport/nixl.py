@@ -7,6 +7,7 @@ Everything that NIXL needs handling for is handled here (docs/architecture.md, "
 - A same-host READ runs inside the post, so callers use worker threads (see `base`).
 - A peer's name is unique per incarnation, so a restarted peer never meets its predecessor's metadata.
 - The first READ from a peer pays for wiring up; `connect` does it, into a scratch block.
+- The progress thread would poll without pause; it is made to wait for events (docs/decisions/0005).
 - Descriptors are one per block, prepared once per pool; NIXL's pickled descriptors are never used.
 - A handle that fails may still have parts in flight; only removing the peer stops them (`disconnect`).
 """
@@ -17,10 +18,12 @@ import contextlib
 import importlib
 import logging
 import os
+import sys
 import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +47,7 @@ _ENVIRONMENT = {
 }
 """Set where the operator has not; without the last one UCX's registration cache grows without bound."""
 
+_PROGRESS_DELAY_US = 100_000
 _WARM_UP_TIMEOUT_S, _WARM_UP_POLL_S = 10.0, 0.0005
 _PROTOCOL_ERRORS = ("nixlNotFoundError", "nixlInvalidParamError", "nixlMismatchError", "nixlNotAllowedError")
 
@@ -64,6 +68,38 @@ def _import_nixl() -> Any:
         except ImportError as error:
             reasons.append(f"{package}: {error}")
     raise ConfigError(f"handoff.transport: nixl needs its wheel: pip install 'kelp[nixl]' ({'; '.join(reasons)})")
+
+
+@dataclass(frozen=True)
+class _Overlay:
+    """A module with some names replaced."""
+
+    module: Any
+    replaced: dict[str, Any]
+
+    def __getattr__(self, name: str) -> Any:
+        return self.replaced[name] if name in self.replaced else getattr(self.module, name)
+
+
+@contextmanager
+def _sleeping_progress_thread(api: Any) -> Iterator[None]:
+    """Agents made inside wait for events instead of polling.
+
+    The Python API fixes the progress thread's `pthrDelay` at 0: it polls without pause and takes most of a core per
+    idle agent. With a delay it sleeps on UCX's event descriptors, and the delay is only an upper bound.
+    """
+    module: Any = sys.modules[api.nixl_agent.__module__]
+    bindings = module.nixlBind
+
+    def set_field(config: Any, name: str, value: Any) -> None:
+        bindings.nixlAgentConfig.__setattr__(config, name, _PROGRESS_DELAY_US if name == "pthrDelay" else value)
+
+    event_driven = type("EventDrivenConfig", (bindings.nixlAgentConfig,), {"__setattr__": set_field})
+    module.nixlBind = _Overlay(bindings, {"nixlAgentConfig": event_driven})
+    try:
+        yield
+    finally:
+        module.nixlBind = bindings
 
 
 def _typed(error: Exception, what: str) -> KelpError:
@@ -139,7 +175,8 @@ class NixlAgent:
         strict = api.nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT
         config = api.nixl_agent_config(enable_prog_thread=True, backends=["UCX"], sync_mode=strict)
         try:
-            self._agent = api.nixl_agent(self.name, config)
+            with _sleeping_progress_thread(api):
+                self._agent = api.nixl_agent(self.name, config)
         except self._load_errors as error:
             raise ConfigError(f"handoff.transport: nixl: the UCX backend does not start: {error}") from error
         if "UCX" not in self._agent.backends:

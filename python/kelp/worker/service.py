@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -78,6 +80,7 @@ class WorkerService:
         self._state = WorkerState.STARTING
         self._handoff_endpoint = ""
         self._streams: dict[str, RequestStream] = {}
+        self._requests: set[asyncio.Task[Finished]] = set()
         self._tasks: list[asyncio.Task[None]] = []
         self._quarantined: set[asyncio.Task[None]] = set()
         self._outbox: Outbox[StreamItem] = Outbox(f"{identity.model_name}-outbox")
@@ -95,10 +98,12 @@ class WorkerService:
     async def stop(self) -> None:
         """Leave the registry and let go of everything; running requests fail with KELP_WORKER_LOST."""
         self._state = WorkerState.GONE
-        for task in (*self._tasks, *self._quarantined):
+        for task in self._tasks:
             task.cancel()
         await self._presence.withdraw()
         await self._parts.handoffs.stop()
+        await _cancel(self._requests)
+        await _cancel(self._quarantined)
         await self._parts.reader.close()
         await asyncio.to_thread(self._close_threads)
 
@@ -146,13 +151,17 @@ class WorkerService:
         task = asyncio.ensure_future(self._run(command, self._request(command, request_id, prompt, stream), stream))
         loop = asyncio.get_running_loop()
         self._streams[request_id] = stream
+        self._requests.add(task)
         try:
             with self._cancel_watch.watching(exchange, lambda: loop.call_soon_threadsafe(task.cancel)):
                 finished = await task
         except asyncio.CancelledError:
+            if self._state is WorkerState.GONE:
+                raise WorkerLost(f"worker {self._identity.worker_id} is stopping") from None
             raise RequestCancelled("the client cancelled or went away") from None
         finally:
             del self._streams[request_id]
+            self._requests.discard(task)
         await stream.finish(finished)
 
     def _request(
@@ -239,6 +248,14 @@ class WorkerService:
         self._parts.agent.close()
         self._cancel_watch.close()
         self._outbox.close()
+
+
+async def _cancel(tasks: Collection[asyncio.Task[Any]]) -> None:
+    """Cancel them and wait until they have let go of what they hold."""
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks)
 
 
 def _prompt(inputs: Tensors) -> npt.NDArray[np.int32]:

@@ -37,7 +37,11 @@ class RequestStream:
 
     def sink(self, event: ExecutorEvent) -> None:
         """Take an event; called from the executor's thread, never blocks."""
-        if isinstance(event, Tokens):
+        if isinstance(event, Admitted):
+            # Here, not on the loop: the first token may overtake what waits there, and tells of this.
+            self.usage = event.usage
+            self.note_time(first_scheduled_ns=event.first_scheduled_ns)
+        elif isinstance(event, Tokens):
             self._lane.put(event)
         self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
@@ -55,9 +59,6 @@ class RequestStream:
             event = await self._events.get()
             if isinstance(event, Failed):
                 raise event.error
-            if isinstance(event, Admitted):
-                self.usage = event.usage
-                self.note_time(first_scheduled_ns=event.first_scheduled_ns)
             yield event
             if isinstance(event, Completed):
                 return

@@ -15,6 +15,7 @@ from kelp.core.errors import DeadlineExceeded, KelpError, ProtocolError
 from kelp.core.messages import RequestTimings, RequestUsage
 from kelp.core.types import FinishReason
 from kelp.executor.base import (
+    Admitted,
     Completed,
     ExecutorEvent,
     ExecutorLoad,
@@ -189,6 +190,7 @@ class Engine:
             progress.first_scheduled_ns = self._clock.wall_ns()
             progress.cached_tokens = sequence.num_computed
             progress.reused_blocks = num_cached
+            _emit(sequence, Admitted(_usage(progress), progress.first_scheduled_ns))
         if sequence.is_import:
             progress.transfer_start_ns = self._clock.wall_ns()
             _emit(sequence, Reserved(tuple(sequence.block_ids), num_cached))
@@ -240,7 +242,7 @@ class Engine:
         self._scheduler.remove(sequence)
         if stage is Stage.IMPORTING and sequence.is_import:
             sequence.stage = Stage.QUARANTINED
-        elif stage is Stage.RUNNING and sequence.is_prefill_only and not sequence.is_export_released:
+        elif sequence.num_announced and not sequence.is_export_released:
             sequence.stage = Stage.LEASED
         else:
             self._retire(sequence)
@@ -257,14 +259,17 @@ def _emit(sequence: Sequence, event: ExecutorEvent) -> None:
     sequence.request.sink(event)
 
 
-def _completed(sequence: Sequence, reason: FinishReason | None) -> Completed:
-    progress = sequence.progress
-    usage = RequestUsage(
+def _usage(progress: Progress) -> RequestUsage:
+    return RequestUsage(
         cached_tokens=progress.cached_tokens,
         new_blocks=progress.new_blocks,
         reused_blocks=progress.reused_blocks,
         transferred_blocks=progress.transferred_blocks,
     )
+
+
+def _completed(sequence: Sequence, reason: FinishReason | None) -> Completed:
+    progress = sequence.progress
     timings = RequestTimings(
         arrival_ns=progress.arrival_ns,
         first_scheduled_ns=progress.first_scheduled_ns,
@@ -274,4 +279,4 @@ def _completed(sequence: Sequence, reason: FinishReason | None) -> Completed:
         first_token_ns=progress.first_token_ns,
         last_token_ns=progress.last_token_ns,
     )
-    return Completed(reason, usage, timings)
+    return Completed(reason, _usage(progress), timings)

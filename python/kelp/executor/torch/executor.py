@@ -132,8 +132,9 @@ class TorchExecutor:
 
     def load(self) -> ExecutorLoad:
         """See `Executor`; requests still in the inbox count as waiting."""
-        load = self._engine.load()
-        return replace(load, num_waiting=load.num_waiting + self._num_submitting)
+        with self._lock:
+            load = self._engine.load()
+            return replace(load, num_waiting=load.num_waiting + self._num_submitting)
 
     def close(self) -> None:
         """See `Executor`; idempotent."""
@@ -151,7 +152,12 @@ class TorchExecutor:
                 f"input_ids: ids between {prompt.min()} and {prompt.max()} given, "
                 f"the vocabulary has {self._limits.vocab_size}"
             )
-        num_tokens = len(prompt) + sampling.max_tokens
+        if not 0 <= request.num_generated < min(len(prompt), sampling.max_tokens):
+            raise InvalidRequest(
+                f"num_generated: {request.num_generated} given, must be below max_tokens {sampling.max_tokens} "
+                f"and the {len(prompt)} tokens given"
+            )
+        num_tokens = len(prompt) + request.num_tokens_to_come
         if num_tokens > self._limits.max_model_tokens:
             raise PromptTooLong(
                 f"prompt of {len(prompt)} tokens plus max_tokens {sampling.max_tokens} is {num_tokens}, "

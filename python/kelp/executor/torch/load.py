@@ -28,6 +28,15 @@ def load_torch_executor(model_folder: Path, options: TorchExecutorOptions, clock
     Raises:
         ConfigError: The model, the options or the machine do not fit together; names the field.
     """
+    return TorchExecutor(load_parts(model_folder, options), clock or SystemClock())
+
+
+def load_parts(model_folder: Path, options: TorchExecutorOptions) -> TorchExecutorParts:
+    """Everything of `load_torch_executor` but the running engine.
+
+    Raises:
+        ConfigError: See `load_torch_executor`.
+    """
     if options.threads:
         torch.set_num_threads(options.threads)
     device = _device(options.device)
@@ -42,7 +51,7 @@ def load_torch_executor(model_folder: Path, options: TorchExecutorOptions, clock
         scheduler=SchedulerLimits(options.max_step_tokens, options.max_running, options.enable_prefix_cache),
         vocab_size=config.vocab_size,
     )
-    parts = TorchExecutorParts(
+    return TorchExecutorParts(
         runner=TorchRunner(LlamaModel(config, weights, pool, max_model_tokens)),
         layout=layout,
         limits=ExecutorLimits(max_model_tokens, config.vocab_size, config.eos_token_ids),
@@ -50,7 +59,6 @@ def load_torch_executor(model_folder: Path, options: TorchExecutorOptions, clock
         rules=rules,
         max_waiting=options.max_waiting,
     )
-    return TorchExecutor(parts, clock or SystemClock())
 
 
 def _device(name: str) -> torch.device:

@@ -30,7 +30,7 @@ def sample(logits: torch.Tensor, points: Sequence[SamplePoint]) -> list[Sampled]
     for row, point in enumerate(points):
         if not _is_plain_greedy(point):
             chosen[row] = _choose(exact[row].clone(), point)
-    log_probs = exact.gather(1, chosen[:, None])[:, 0] - exact.logsumexp(dim=-1)
+    log_probs = torch.log_softmax(exact, dim=-1).gather(1, chosen[:, None])[:, 0]
     return [Sampled(token_id, log_prob) for token_id, log_prob in zip(chosen.tolist(), log_probs.tolist(), strict=True)]
 
 

@@ -94,8 +94,8 @@ class Sequence:
         prompt = self.request.prompt
         self.is_import = self.request.role is Role.DECODE
         self.num_tokens = len(prompt)
-        num_generated = 1 if self.is_prefill_only else sampling.max_tokens
-        self._tokens = np.empty(len(prompt) + num_generated, np.int32)
+        num_to_come = 1 if self.is_prefill_only else self.request.num_tokens_to_come
+        self._tokens = np.empty(len(prompt) + num_to_come, np.int32)
         self._tokens[: len(prompt)] = prompt
         self._hashes = sequence_hashes(prompt, self.rules.block_size, self.request.seed_hash)
         eos = () if sampling.ignore_eos else self.rules.eos_token_ids
@@ -113,7 +113,7 @@ class Sequence:
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Length of the prompt."""
+        """Length of what the request came with, earlier output included."""
         return len(self.request.prompt)
 
     @property
@@ -188,7 +188,7 @@ class Sequence:
         self._tokens[self.num_tokens] = token_id
         self.num_tokens += 1
         sampling = self.request.sampling
-        num_generated = self.num_tokens - self.num_prompt_tokens
+        num_generated = self.num_tokens - self.request.num_original_tokens
         if token_id in self._stop_token_ids and num_generated >= sampling.min_tokens:
             return FinishReason.STOP
         return FinishReason.LENGTH if num_generated >= sampling.max_tokens else None
@@ -197,7 +197,7 @@ class Sequence:
         return SamplePoint(
             params=self.request.sampling,
             tokens=self._tokens[: self.num_tokens],
-            num_prompt_tokens=self.num_prompt_tokens,
+            num_prompt_tokens=self.request.num_original_tokens,
             stop_token_ids=self._stop_token_ids,
         )
 

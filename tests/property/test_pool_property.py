@@ -1,0 +1,86 @@
+"""The pool against a model that only counts references."""
+
+from collections import Counter
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from kelp.core.types import BlockId, SequenceHash
+from kelp.kv.pool import BlockPool
+
+NUM_BLOCKS = 6
+
+
+def name(index: int) -> SequenceHash:
+    return SequenceHash(index.to_bytes(16, "little"))
+
+
+class PoolMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = BlockPool(NUM_BLOCKS)
+        self.holders: list[list[BlockId]] = []
+        self.sealed: dict[SequenceHash, BlockId] = {}
+
+    @precondition(lambda self: self.pool.num_available > 0)
+    @rule(data=st.data())
+    def allocate(self, data: st.DataObject) -> None:
+        held = {block_id for holder in self.holders for block_id in holder}
+        blocks = self.pool.allocate(data.draw(st.integers(1, self.pool.num_available)))
+        assert not held & set(blocks), "a held block was handed out"
+        assert len(set(blocks)) == len(blocks)
+        self.sealed = {key: value for key, value in self.sealed.items() if value not in blocks}
+        self.holders.append(blocks)
+
+    @precondition(lambda self: self.holders)
+    @rule(data=st.data())
+    def share(self, data: st.DataObject) -> None:
+        blocks = data.draw(st.sampled_from(self.holders))
+        self.pool.reference(blocks)
+        self.holders.append(list(blocks))
+
+    @precondition(lambda self: self.holders)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        index = data.draw(st.integers(0, len(self.holders) - 1))
+        self.pool.release(self.holders.pop(index))
+
+    @precondition(lambda self: self.holders)
+    @rule(data=st.data(), index=st.integers(0, 9))
+    def seal(self, data: st.DataObject, index: int) -> None:
+        block_id = data.draw(st.sampled_from([block for holder in self.holders for block in holder]))
+        if block_id not in self.sealed.values():
+            is_first = name(index) not in self.sealed
+            assert self.pool.seal(block_id, name(index)) == is_first
+            self.sealed.setdefault(name(index), block_id)
+
+    @rule(indices=st.lists(st.integers(0, 9), max_size=4, unique=True))
+    def match(self, indices: list[int]) -> None:
+        expected: list[BlockId] = []
+        for index in indices:
+            if name(index) not in self.sealed:
+                break
+            expected.append(self.sealed[name(index)])
+        assert self.pool.match([name(index) for index in indices]) == expected
+        if expected:
+            self.holders.append(expected)
+
+    @invariant()
+    def counts_agree(self) -> None:
+        self.pool.check_integrity()
+        references = Counter(block_id for holder in self.holders for block_id in holder)
+        for block_id in map(BlockId, range(NUM_BLOCKS)):
+            assert self.pool.num_references(block_id) == references[block_id]
+        assert self.pool.num_held == len(references)
+        unheld = [block_id for block_id in self.sealed.values() if not references[block_id]]
+        assert self.pool.num_cached == len(unheld)
+
+    def teardown(self) -> None:
+        for holder in self.holders:
+            self.pool.release(holder)
+        assert self.pool.num_held == 0
+
+
+PoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestNoBlockIsLostOrFreedTwice = PoolMachine.TestCase

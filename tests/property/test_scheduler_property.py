@@ -1,0 +1,267 @@
+"""Random lives of many requests in one small engine, against an unbatched reference.
+
+`HistoryRunner` stores token ids where a model stores KV and derives the next token from what it reads back, so any
+block that is lost, shared wrongly, freed early or overwritten shows as a wrong token.
+"""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from kelp.core.clock import FakeClock
+from kelp.core.hashing import seed_hash
+from kelp.core.messages import SamplingParams
+from kelp.core.types import BlockId, FinishReason, Role, num_blocks_for
+from kelp.executor.base import (
+    Admitted,
+    Completed,
+    ExecutorEvent,
+    ExecutorRequest,
+    Failed,
+    Prefilled,
+    Reserved,
+    Tokens,
+)
+from kelp.executor.torch.batch import Chunk, Sampled
+from kelp.executor.torch.engine import Engine, EngineRules
+from kelp.executor.torch.scheduler import SchedulerLimits
+from kelp.executor.torch.sequence import SequenceRules
+from kelp.kv.pool import BlockPool
+
+BLOCK_SIZE = 3
+VOCAB_SIZE = 12
+EOS = 11
+GARBAGE = -7
+MAX_DRAIN_STEPS = 3000
+
+
+def next_token(history: Sequence[int]) -> int:
+    return zlib.crc32(np.asarray(history, np.int32).tobytes()) % VOCAB_SIZE
+
+
+def reference(prompt: Sequence[int], max_tokens: int) -> tuple[list[int], FinishReason]:
+    history = list(prompt)
+    for _ in range(max_tokens):
+        history.append(next_token(history))
+        if history[-1] == EOS:
+            return history[len(prompt) :], FinishReason.STOP
+    return history[len(prompt) :], FinishReason.LENGTH
+
+
+class HistoryRunner:
+    def __init__(self, num_blocks: int, max_step_tokens: int) -> None:
+        self.memory = np.full((num_blocks, BLOCK_SIZE), GARBAGE, np.int32)
+        self.max_step_tokens = max_step_tokens
+
+    def run(self, chunks: Sequence[Chunk]) -> list[Sampled]:
+        assert 0 < sum(len(chunk.tokens) for chunk in chunks) <= self.max_step_tokens
+        for chunk in chunks:
+            for offset, token in enumerate(chunk.tokens):
+                block, slot = divmod(chunk.start + offset, BLOCK_SIZE)
+                self.memory[chunk.block_ids[block], slot] = token
+        return [Sampled(next_token(self.read(chunk)), -1.0) for chunk in chunks if chunk.sample is not None]
+
+    def read(self, chunk: Chunk) -> list[int]:
+        return self.memory[list(chunk.block_ids)].ravel()[: chunk.start + len(chunk.tokens)].tolist()
+
+    def write(self, block_ids: Sequence[BlockId], tokens: Sequence[int]) -> None:
+        for position, token in enumerate(tokens):
+            self.memory[block_ids[position // BLOCK_SIZE], position % BLOCK_SIZE] = token
+
+
+@dataclass
+class Life:
+    role: Role
+    prompt: list[int]
+    expected: list[int]
+    expected_reason: FinishReason
+    num_admissions: int = 0
+    tokens: list[int] = field(default_factory=list)
+    announced: list[BlockId] = field(default_factory=list)
+    num_announced_tokens: int = 0
+    reserved: Reserved | None = None
+    is_transferring: bool = False
+    is_leased: bool = False
+    is_released: bool = False
+    end: Completed | Failed | None = None
+
+    def receive(self, event: ExecutorEvent) -> None:
+        assert self.end is None, "an event after the terminal one"
+        if isinstance(event, Admitted):
+            self.num_admissions += 1
+        elif isinstance(event, Tokens):
+            self.tokens += event.token_ids
+        elif isinstance(event, Prefilled):
+            self.announced += event.block_ids
+            self.num_announced_tokens = event.num_tokens
+            self.is_leased = not self.is_released
+        elif isinstance(event, Reserved):
+            self.reserved = event
+            self.is_transferring = True
+        else:
+            self.end = event
+
+    def verify(self) -> None:
+        expected, reason = self.expected, self.expected_reason
+        assert isinstance(self.end, Completed)
+        if self.end.finish_reason is FinishReason.CANCELLED:
+            assert self.tokens == expected[: len(self.tokens)]
+            return
+        assert self.num_admissions == 1
+        if self.role is Role.PREFILL:
+            assert self.tokens == expected[:1]
+            assert self.end.finish_reason is (reason if len(expected) == 1 else None)
+            assert len(self.announced) == num_blocks_for(len(self.prompt), BLOCK_SIZE)
+        else:
+            assert self.tokens == expected
+            assert self.end.finish_reason is reason
+
+
+class EngineMachine(RuleBasedStateMachine):
+    @initialize(
+        num_blocks=st.integers(5, 12), max_running=st.integers(1, 4), budget=st.integers(4, 9), cache=st.booleans()
+    )
+    def start(self, num_blocks: int, max_running: int, budget: int, cache: bool) -> None:
+        self.runner = HistoryRunner(num_blocks, budget)
+        self.pool = BlockPool(num_blocks)
+        self.lives: dict[str, Life] = {}
+        self.retired: set[str] = set()
+        rules = EngineRules(SequenceRules(BLOCK_SIZE, (EOS,)), SchedulerLimits(budget, max_running, cache), VOCAB_SIZE)
+        self.engine = Engine(self.runner, self.pool, rules, FakeClock(), self.retired.add)
+
+    @rule(
+        role=st.sampled_from(Role),
+        prompt=st.lists(st.integers(0, 1), min_size=1, max_size=12),
+        max_tokens=st.integers(1, 9),
+        num_resumed=st.integers(0, 4),
+    )
+    def submit(self, role: Role, prompt: list[int], max_tokens: int, num_resumed: int) -> None:
+        num_positions = len(prompt) + max_tokens - 1
+        if num_blocks_for(num_positions, BLOCK_SIZE) > self.pool.num_blocks:
+            return
+        output, reason = reference(prompt, max_tokens)
+        num_generated = min(num_resumed, len(output) - 1)
+        given = prompt + output[:num_generated]
+        request_id = str(len(self.lives))
+        life = self.lives[request_id] = Life(role, given, output[num_generated:], reason)
+        request = ExecutorRequest(
+            request_id=request_id,
+            prompt=np.asarray(given, np.int32),
+            role=role,
+            sampling=SamplingParams(max_tokens=max_tokens),
+            seed_hash=seed_hash("model"),
+            sink=life.receive,
+            num_generated=num_generated,
+        )
+        self.engine.add(request, 1)
+
+    @rule(count=st.integers(1, 4))
+    def step(self, count: int) -> None:
+        for _ in range(count):
+            self.engine.step()
+
+    @precondition(lambda self: any(life.end is None for life in self.lives.values()))
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        live = [request_id for request_id, life in self.lives.items() if life.end is None]
+        request_id = data.draw(st.sampled_from(live))
+        self.engine.abort(request_id)
+        end = self.lives[request_id].end
+        assert isinstance(end, Completed) and end.finish_reason is FinishReason.CANCELLED
+
+    @precondition(lambda self: any(life.is_transferring for life in self.lives.values()))
+    @rule(data=st.data(), is_lost=st.booleans())
+    def end_transfer(self, data: st.DataObject, is_lost: bool) -> None:
+        busy = [request_id for request_id, life in self.lives.items() if life.is_transferring]
+        self.settle_transfer(data.draw(st.sampled_from(busy)), is_lost)
+
+    def settle_transfer(self, request_id: str, is_lost: bool) -> None:
+        life = self.lives[request_id]
+        assert life.reserved is not None
+        self.check_cached_part(life)
+        is_wanted = life.end is None and not is_lost
+        self.transfer(life, life.prompt if is_wanted else [GARBAGE] * len(life.prompt))
+        life.is_transferring = False
+        if life.end is not None:
+            self.engine.end_import(request_id)
+        elif is_lost:
+            self.engine.fail_import(request_id)
+        else:
+            first = next_token(life.prompt)
+            life.tokens.append(first)
+            self.engine.complete_import(request_id, first, -1.0, 1)
+
+    def check_cached_part(self, life: Life) -> None:
+        assert life.reserved is not None
+        num_cached_tokens = life.reserved.num_cached_blocks * BLOCK_SIZE
+        kv = self.runner.memory[list(life.reserved.block_ids)].ravel()
+        assert kv[:num_cached_tokens].tolist() == life.prompt[:num_cached_tokens]
+
+    def transfer(self, life: Life, tokens: list[int]) -> None:
+        assert life.reserved is not None
+        first = life.reserved.num_cached_blocks
+        self.runner.write(life.reserved.block_ids[first:], tokens[first * BLOCK_SIZE :])
+
+    @precondition(lambda self: any(life.is_leased for life in self.lives.values()))
+    @rule(data=st.data())
+    def release_export(self, data: st.DataObject) -> None:
+        leased = [request_id for request_id, life in self.lives.items() if life.is_leased]
+        self.release_lease(data.draw(st.sampled_from(leased)))
+
+    def release_lease(self, request_id: str) -> None:
+        life = self.lives[request_id]
+        life.is_leased, life.is_released = False, True
+        self.engine.release_export(request_id)
+        self.engine.release_export(request_id)
+
+    @invariant()
+    def bookkeeping_is_sound(self) -> None:
+        self.pool.check_integrity()
+
+    @invariant()
+    def announced_blocks_keep_their_content_while_leased(self) -> None:
+        for life in self.lives.values():
+            if life.is_leased:
+                kv = self.runner.memory[life.announced].ravel()[: life.num_announced_tokens]
+                assert kv.tolist() == life.prompt[: life.num_announced_tokens]
+
+    @invariant()
+    def a_running_transfer_scribbles_into_blocks_of_nobody_else(self) -> None:
+        for life in self.lives.values():
+            if life.is_transferring and life.reserved is not None:
+                written = life.reserved.block_ids[life.reserved.num_cached_blocks :]
+                assert all(self.pool.num_references(block_id) == 1 for block_id in written)
+                self.transfer(life, [GARBAGE] * len(life.prompt))
+
+    @invariant()
+    def a_retired_request_has_ended(self) -> None:
+        assert all(self.lives[request_id].end is not None for request_id in self.retired)
+
+    def settle_peers(self) -> bool:
+        """End one transfer or lease; False if there is none."""
+        for request_id, life in self.lives.items():
+            if life.is_transferring:
+                self.settle_transfer(request_id, is_lost=False)
+                return True
+            if life.is_leased:
+                self.release_lease(request_id)
+                return True
+        return False
+
+    def teardown(self) -> None:
+        for _ in range(MAX_DRAIN_STEPS):
+            if not self.engine.step() and not self.settle_peers():
+                break
+        assert len(self.retired) == len(self.lives), "a request never ended"
+        for life in self.lives.values():
+            life.verify()
+        assert self.pool.num_held == 0
+
+
+EngineMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestEveryScheduleYieldsTheUnbatchedTokens = EngineMachine.TestCase

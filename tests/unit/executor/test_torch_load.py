@@ -1,0 +1,141 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_llama import save_model
+
+from kelp.core.config import ExecutorConfig
+from kelp.core.errors import ConfigError
+from kelp.core.types import KVLayout
+from kelp.executor.torch.load import load_parts
+from kelp.executor.torch.memory import allocate_pool, size_pool
+from kelp.executor.torch.model_config import load_model_config
+from kelp.executor.torch.options import TorchExecutorOptions
+from kelp.executor.torch.weights import load_weights, model_digest
+
+CPU = torch.device("cpu")
+LAYOUT = KVLayout(0, 2, 2, 4, 8, "float32", "model")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_model(tmp_path)
+    return tmp_path
+
+
+def load(folder: Path):
+    return load_weights(folder, load_model_config(folder), torch.float32, CPU)
+
+
+def rewrite(folder: Path, change) -> None:
+    path = folder / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    change(tensors)
+    save_file(tensors, path)
+
+
+def test_tied_embeddings_are_one_tensor(folder):
+    weights = load(folder)
+    assert weights.lm_head is weights.embedding
+
+
+def test_a_missing_tensor_is_named(folder):
+    rewrite(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    with pytest.raises(ConfigError, match="tensor model.layers.1.mlp.up_proj.weight is missing"):
+        load(folder)
+
+
+def test_a_tensor_of_another_shape_is_named_with_both_shapes(folder):
+    rewrite(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(3)}))
+    with pytest.raises(ConfigError, match=r"tensor model.norm.weight is \[3\], config.json says \[48\]"):
+        load(folder)
+
+
+def test_a_missing_or_damaged_file_is_named(folder):
+    (folder / "model.safetensors").write_bytes(b"\x00" * 20)
+    with pytest.raises(ConfigError, match="model.safetensors"):
+        load(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="model.safetensors"):
+        load(folder)
+
+
+@pytest.mark.parametrize("document", ["{}", "{", '{"weight_map": {"a": "../x.safetensors"}}'])
+def test_a_bad_shard_index_is_refused(folder, document):
+    (folder / "model.safetensors.index.json").write_text(document)
+    with pytest.raises(ConfigError, match="model.safetensors.index.json"):
+        load(folder)
+
+
+def test_the_model_id_is_stable_and_changes_with_the_files(folder):
+    before = model_digest(folder)
+    assert before == model_digest(folder)
+    rewrite(folder, lambda tensors: tensors.update(extra=torch.ones(5)))
+    with_more_weights = model_digest(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
+    assert len({before, with_more_weights, model_digest(folder)}) == 3
+
+
+def test_the_model_id_of_a_folder_without_config_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="config.json"):
+        model_digest(tmp_path)
+
+
+def test_the_pool_is_page_aligned_zeroed_and_described(folder):
+    sized = size_pool(LAYOUT, CPU, 0.2)
+    pool, memory = allocate_pool(sized, CPU)
+    assert tuple(pool.shape) == (sized.num_blocks, 2, 2, 2, 4, 8)
+    assert pool.is_contiguous()
+    assert memory.base_address == pool.data_ptr()
+    assert memory.base_address % 4096 == 0
+    assert memory.num_bytes == sized.pool_bytes == pool.numel() * 4
+    assert not pool.any()
+
+
+def test_an_automatic_pool_stays_below_4096_blocks_on_cpu():
+    assert size_pool(LAYOUT, CPU, 0.9).num_blocks == 4096
+
+
+def test_a_pool_beyond_free_memory_is_refused_with_both_sizes():
+    huge = KVLayout(10**12, 2, 2, 4, 8, "float32", "model")
+    with pytest.raises(ConfigError, match="executor.num_blocks: 1000000000000 blocks of 1024 bytes do not fit"):
+        size_pool(huge, CPU, 0.2)
+
+
+def test_a_block_larger_than_the_share_of_memory_is_refused():
+    with pytest.raises(ConfigError, match="executor.num_blocks: 0 blocks"):
+        size_pool(LAYOUT, CPU, 1e-12)
+
+
+def test_the_parts_report_limits_and_layout(folder):
+    parts = load_parts(folder, TorchExecutorOptions(dtype="bfloat16", num_blocks=8, threads=1))
+    assert parts.limits.max_model_tokens == 256
+    assert parts.layout == KVLayout(8, 2, 2, 16, 8, "bfloat16", model_digest(folder))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"max_model_tokens": 257}, "executor.max_model_tokens: 257 exceeds max_position_embeddings 256"),
+        ({"device": "tpu9"}, "executor.device: 'tpu9'"),
+        ({"device": "meta"}, "executor.device: 'meta'"),
+        ({"dtype": "float16"}, "executor.dtype: 'float16'"),
+        ({"max_step_tokens": 8}, "executor.max_step_tokens: 8 is below executor.max_running 64"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_by_name(folder, fields, message):
+    with pytest.raises(ConfigError) as refusal:
+        load_parts(folder, TorchExecutorOptions(**{"num_blocks": 8, **fields}))
+    assert message in refusal.value.text
+
+
+def test_options_take_every_engine_field_of_the_configuration():
+    config = ExecutorConfig(block_size=32, max_running=3, enable_prefix_cache=False, num_blocks=9)
+    options = TorchExecutorOptions.from_config(config, "cpu", 2)
+    shared = set(ExecutorConfig.model_fields) & set(TorchExecutorOptions.__dataclass_fields__)
+    for field in shared - {"device", "threads"}:
+        assert getattr(options, field) == getattr(config, field)
+    assert (options.device, options.threads) == ("cpu", 2)

@@ -1,0 +1,290 @@
+"""A router among workers that say what a test tells them to say."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from kelp.client.base import WorkerAddress, WorkerOutput
+from kelp.core.cancel_watch import CancelWatch
+from kelp.core.clock import FakeClock
+from kelp.core.config import RouterConfig
+from kelp.core.errors import KelpError
+from kelp.core.messages import (
+    DrainCommand,
+    Finished,
+    GenerateCommand,
+    Progress,
+    Rendezvous,
+    SamplingParams,
+    WorkerStatus,
+)
+from kelp.core.metrics import Metrics
+from kelp.core.outbox import Outbox
+from kelp.core.preprocess_messages import Prepared, PreparedPrompt
+from kelp.core.request import LlmRequest
+from kelp.core.types import FinishReason, Role, WorkerState
+from kelp.registry.base import LayoutRecord, WorkerRecord
+from kelp.router.attempt import AttemptParts
+from kelp.router.job import Job
+from kelp.router.placement import Placer
+from kelp.router.policies import Candidate, LeastLoaded, RoutingRequest
+from kelp.router.relay import RelayItem
+from kelp.router.service import RouterParts, RouterService, StreamCloser
+from kelp.text.stop_words import StopWords
+from support.exchange import FakeExchange, bytes_tensor
+from support.waiting import until
+
+EOS = 0
+LAYOUT = LayoutRecord(
+    num_blocks=64, num_layers=1, num_kv_heads=1, block_size=4, head_dim=2, dtype="float32", model_id="m"
+)
+
+
+def record(name: str, role: Role = Role.DECODE, **changes: object) -> WorkerRecord:
+    """A ready worker; prefill workers have a handoff endpoint of their own."""
+    fields: dict[str, object] = {
+        "worker_id": f"host:1/{name}",
+        "epoch": f"epoch of {name}",
+        "model_name": name,
+        "role": role,
+        "state": WorkerState.READY,
+        "endpoint": "host:1",
+        "handoff_endpoint": f"host:2-{name}",
+        "layout": LAYOUT,
+    }
+    return WorkerRecord.model_validate({**fields, **changes})
+
+
+def prefill_record(name: str = "prefill", **changes: object) -> WorkerRecord:
+    return record(name, Role.PREFILL, **changes)
+
+
+class FakeStream:
+    """One request on one worker; the test is the worker."""
+
+    def __init__(self, address: WorkerAddress, command: GenerateCommand, prompt: npt.NDArray[np.int32]) -> None:
+        self.address = address
+        self.command = command
+        self.prompt = [int(token) for token in prompt]
+        self.num_closes = 0
+        self._items: asyncio.Queue[WorkerOutput | Exception | None] = asyncio.Queue()
+
+    @property
+    def is_closed(self) -> bool:
+        return self.num_closes > 0
+
+    @property
+    def is_read(self) -> bool:
+        """Whether everything said has been taken by the router."""
+        return self._items.empty()
+
+    def say(self, *token_ids: int, event: Progress | Finished | None = None) -> None:
+        """Send tokens; none is a keep-alive. The log-prob of token *t* is -t."""
+        self._items.put_nowait(WorkerOutput(token_ids, tuple(-float(token) for token in token_ids), event))
+
+    def finish(self, reason: FinishReason | None, *token_ids: int, ticket: Rendezvous | None = None) -> None:
+        self.say(*token_ids, event=Finished(finish_reason=reason, rendezvous=ticket))
+        self.end()
+
+    def fail(self, error: Exception) -> None:
+        self._items.put_nowait(error)
+
+    def end(self) -> None:
+        """End the stream."""
+        self._items.put_nowait(None)
+
+    async def __aiter__(self) -> AsyncIterator[WorkerOutput]:
+        while (item := await self._items.get()) is not None:
+            if isinstance(item, Exception):
+                raise item
+            yield item
+
+    async def close(self) -> None:
+        self.num_closes += 1
+
+
+class FakeWorkers:
+    """`WorkerClient` and `WorkersView` of workers that exist on paper."""
+
+    def __init__(self, *records: WorkerRecord) -> None:
+        self.records = list(records)
+        self.dead: set[str] = set()
+        self.streams: list[FakeStream] = []
+
+    def generate(self, address: WorkerAddress, command: GenerateCommand, prompt: npt.NDArray[np.int32]) -> FakeStream:
+        stream = FakeStream(address, command, prompt)
+        self.streams.append(stream)
+        return stream
+
+    async def control(self, address: WorkerAddress, command: DrainCommand | None) -> WorkerStatus:
+        raise NotImplementedError
+
+    async def close(self) -> None:
+        raise NotImplementedError
+
+    def ready(self) -> list[WorkerRecord]:
+        return self.records
+
+    def is_alive(self, worker_id: str, epoch: str) -> bool:
+        names = {(known.worker_id, known.epoch): known.model_name for known in self.records}
+        return names.get((worker_id, epoch), "unknown") not in {*self.dead, "unknown"}
+
+    async def stream(self, number: int) -> FakeStream:
+        """The stream started as the `number`-th, counting from 0, as soon as it is."""
+        await until(lambda: len(self.streams) > number, f"start of stream {number}")
+        return self.streams[number]
+
+    async def all_closed(self) -> None:
+        await until(lambda: all(stream.is_closed for stream in self.streams), "closing of all streams")
+
+
+def prepared(num_tokens: int = 4) -> PreparedPrompt:
+    ids = np.arange(100, 100 + num_tokens, dtype=np.int32)
+    return PreparedPrompt(ids, np.zeros(0, dtype=np.uint8), Prepared(seed_hash_hex="0" * 32), "the prompt ")
+
+
+def job(num_tokens: int = 4, seconds_left: float = 60.0, generated: tuple[int, ...] = (), **sampling: object) -> Job:
+    return Job(
+        request_id="r",
+        prompt=prepared(num_tokens),
+        sampling=SamplingParams.model_validate({"max_tokens": 16, **sampling}),
+        deadline_s=time.monotonic() + seconds_left,
+        arrival_ns=1,
+        generated=list(generated),
+    )
+
+
+def attempt_parts(workers: FakeWorkers, closer: StreamCloser, idle_timeout_s: float = 60.0) -> AttemptParts:
+    return AttemptParts(workers, workers, FakeClock(), idle_timeout_s, closer.retire)
+
+
+class FakePreprocess:
+    """Answers when `gate` is set."""
+
+    def __init__(self) -> None:
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.error: KelpError | None = None
+
+    async def prepare(self, request: LlmRequest) -> PreparedPrompt:
+        await self.gate.wait()
+        if self.error is not None:
+            raise self.error
+        return prepared()
+
+
+class LetterDetokenizer:
+    """Token *t* is the letter with code *t*; keeps the last letter back until the next one or the end."""
+
+    def __init__(self) -> None:
+        self._held = ""
+
+    def push(self, token_ids: list[int]) -> str:
+        text = self._held + "".join(map(chr, token_ids))
+        self._held = text[-1:]
+        return text[:-1]
+
+    def flush(self) -> str:
+        held, self._held = self._held, ""
+        return held
+
+
+class FakeText:
+    """Text parts in which tokens are letters."""
+
+    eos_token_ids = frozenset({EOS})
+
+    def detokenizer(self) -> LetterDetokenizer:
+        return LetterDetokenizer()
+
+    def stop_matcher(self, words: tuple[str, ...]) -> StopWords:
+        return StopWords(words)
+
+
+def letters(text: str) -> list[int]:
+    return [ord(letter) for letter in text]
+
+
+class RecordingPolicy(LeastLoaded):
+    """Least-loaded; remembers what it was shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last_candidates: list[Candidate] = []
+
+    def choose(self, candidates: Sequence[Candidate], request: RoutingRequest) -> Candidate:
+        self.last_candidates = list(candidates)
+        return super().choose(candidates, request)
+
+
+@dataclass
+class RouterRig:
+    """A whole router; `ask` starts a request."""
+
+    service: RouterService
+    workers: FakeWorkers
+    preprocess: FakePreprocess
+    outbox: Outbox[RelayItem]
+    placer: Placer
+    policy: RecordingPolicy
+    metrics: Metrics
+    requests: list[asyncio.Task[None]] = field(default_factory=list)
+
+    def ask(self, **inputs: npt.NDArray[np.generic] | str) -> tuple[FakeExchange, asyncio.Task[None]]:
+        tensors = {name: bytes_tensor(value) if isinstance(value, str) else value for name, value in inputs.items()}
+        exchange = FakeExchange({"text_input": bytes_tensor("hello"), **tensors})
+        task = asyncio.ensure_future(self.service.handle(exchange))
+        self.requests.append(task)
+        return exchange, task
+
+    def counters(self) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+        counters, _, _ = self.metrics.take()
+        return {(family.name, labels): value for (family, labels), value in counters.items()}
+
+    async def all_is_returned(self) -> None:
+        """Every stream is closed, and no worker counts as busy."""
+        await self.workers.all_closed()
+        await until(lambda: not self.loads_now(), "return of all in-flight counts")
+
+    def loads_now(self) -> list[Candidate]:
+        """Candidates that the next request would find busy."""
+        self.placer.place(RoutingRequest(1, ()))
+        return [candidate for candidate in self.policy.last_candidates if candidate.num_in_flight]
+
+
+@contextlib.asynccontextmanager
+async def open_router(*records: WorkerRecord, **config: object) -> AsyncIterator[RouterRig]:
+    """A router among the given workers; `config` overrides `RouterConfig`."""
+    settings = RouterConfig.model_validate({"cancel_poll_s": 0.002, **config})
+    workers, closer, metrics, preprocess = FakeWorkers(*records), StreamCloser(), Metrics(), FakePreprocess()
+    policy = RecordingPolicy()
+    placer = Placer(workers, lambda: policy, settings.disaggregation)
+    outbox: Outbox[RelayItem] = Outbox("outbox under test")
+    watch = CancelWatch(settings.cancel_poll_s)
+    parts = RouterParts(
+        preprocess=preprocess,
+        text=FakeText(),
+        placer=placer,
+        attempts=attempt_parts(workers, closer, settings.idle_timeout_s),
+        cancel_watch=watch,
+        outbox=outbox,
+        clock=FakeClock(),
+        metrics=metrics,
+    )
+    rig = RouterRig(RouterService(parts, settings), workers, preprocess, outbox, placer, policy, metrics)
+    try:
+        yield rig
+    finally:
+        for request in rig.requests:
+            request.cancel()
+        await asyncio.gather(*rig.requests, return_exceptions=True)
+        await closer.wait()
+        watch.close()
+        outbox.close()

@@ -1,0 +1,90 @@
+"""When a worker counts as lost: silence, heartbeats, keep-alives."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from attempt_rig import PREFILL, Trial, play
+from router_rig import record
+
+from kelp.core.errors import InternalError, WorkerLost
+from kelp.core.messages import Finished
+from kelp.core.types import FinishReason
+
+
+def test_a_reader_that_breaks_ends_the_attempt_at_once() -> None:
+    async def story(trial: Trial, running: asyncio.Task[Finished]) -> None:
+        trial.workers.streams[0].fail(ValueError("not what a stream may raise"))
+        started_s = asyncio.get_running_loop().time()
+        with pytest.raises(InternalError, match="ValueError: not what a stream may raise"):
+            await running
+        assert asyncio.get_running_loop().time() - started_s < 1.0
+
+    play(story)
+
+
+def test_a_silent_worker_whose_heartbeat_stopped_is_lost_within_two_checks() -> None:
+    async def story(trial: Trial, running: asyncio.Task[Finished]) -> None:
+        trial.workers.dead.add("decode")
+        started_s = asyncio.get_running_loop().time()
+        with pytest.raises(WorkerLost, match="host:1/decode stopped its heartbeat"):
+            await running
+        assert asyncio.get_running_loop().time() - started_s <= 2.0
+
+    play(story)
+
+
+def test_a_restarted_worker_is_another_one() -> None:
+    async def story(trial: Trial, running: asyncio.Task[Finished]) -> None:
+        trial.workers.records = [record("decode", epoch="a later one")]
+        with pytest.raises(WorkerLost, match="stopped its heartbeat"):
+            await running
+
+    play(story)
+
+
+def test_a_worker_that_talks_is_not_lost_whatever_the_registry_says() -> None:
+    async def story(trial: Trial, running: asyncio.Task[Finished]) -> None:
+        trial.workers.dead.add("decode")
+        for _ in range(10):
+            trial.workers.streams[0].say()
+            await asyncio.sleep(0.4)
+        assert not running.done()
+        trial.workers.streams[0].finish(FinishReason.LENGTH, 1)
+        await running
+
+    play(story)
+
+
+def test_a_living_worker_may_be_silent_until_the_idle_timeout() -> None:
+    async def story(trial: Trial, running: asyncio.Task[Finished]) -> None:
+        started_s = asyncio.get_running_loop().time()
+        with pytest.raises(WorkerLost, match="host:1/decode was silent for 2[01] s"):
+            await running
+        assert 19.9 <= asyncio.get_running_loop().time() - started_s <= 21.5
+
+    play(story, idle_timeout_s=20.0)
+
+
+def test_keep_alives_postpone_the_idle_timeout_and_are_not_relayed() -> None:
+    async def story(trial: Trial, running: asyncio.Task[Finished]) -> None:
+        for _ in range(8):
+            await asyncio.sleep(15.0)
+            trial.workers.streams[0].say()
+        assert not running.done()
+        trial.workers.streams[0].finish(FinishReason.LENGTH, 1)
+        await running
+        assert trial.tokens == [1]
+
+    play(story, idle_timeout_s=20.0)
+
+
+def test_a_prefill_worker_that_stops_its_heartbeat_ends_the_attempt() -> None:
+    async def story(trial: Trial, running: asyncio.Task[Finished]) -> None:
+        trial.workers.dead.add("prefill")
+        with pytest.raises(WorkerLost, match="host:1/prefill stopped its heartbeat"):
+            await running
+        assert trial.attempt.failed_worker == PREFILL
+
+    play(story, PREFILL)

@@ -1,0 +1,193 @@
+"""A router whose workers fail: other workers, aggregated serving, and tokens without gap or repetition."""
+
+from __future__ import annotations
+
+import pytest
+from router_rig import EOS, letters, open_router, prefill_record, record
+from router_scenes import PAIR, STREAM, max_tokens, run, sent, tokens
+
+from kelp.core.errors import (
+    CapacityError,
+    DeadlineExceeded,
+    FatalTransferError,
+    InvalidRequest,
+    KelpError,
+    PromptTooLong,
+    WorkerLost,
+)
+from kelp.core.types import FinishReason, Role
+
+
+def test_a_failed_prefill_is_retried_on_another_worker() -> None:
+    async def scene() -> None:
+        async with open_router(prefill_record("p1"), prefill_record("p2"), record("decode")) as rig:
+            exchange, request = rig.ask()
+            first, first_decode = await rig.workers.stream(0), await rig.workers.stream(1)
+            first.fail(WorkerLost("gone"))
+            second, second_decode = await rig.workers.stream(2), await rig.workers.stream(3)
+            assert {first.address.model_name, second.address.model_name} == {"p1", "p2"}
+            assert second.command.rendezvous != first.command.rendezvous
+            assert first.is_closed and first_decode.is_closed
+            second.finish(None, *tokens("a"))
+            second_decode.finish(FinishReason.LENGTH, *tokens("b"))
+            await request
+            assert exchange.text == "ab"
+            assert rig.counters()["kelp_retries_total", (("reason", "worker_lost"),)] == 1
+
+    run(scene)
+
+
+def test_after_the_allowed_prefill_failures_the_decode_worker_does_everything() -> None:
+    async def scene() -> None:
+        async with open_router(*PAIR, max_prefill_retries=1) as rig:
+            exchange, request = rig.ask()
+            (await rig.workers.stream(0)).fail(WorkerLost("gone"))
+            (await rig.workers.stream(2)).fail(FatalTransferError("gone"))
+            alone = await rig.workers.stream(4)
+            assert (alone.command.role, alone.command.rendezvous) == (Role.AGGREGATED, None)
+            alone.finish(FinishReason.LENGTH, *tokens("ab"))
+            await request
+            assert exchange.text == "ab"
+            assert list(exchange.responses[-1]["worker_ids"]) == [b"host:1/decode"]
+
+    run(scene)
+
+
+def test_a_handoff_that_keeps_failing_ends_in_aggregated_serving() -> None:
+    async def scene() -> None:
+        async with open_router(*PAIR, max_prefill_retries=1) as rig:
+            exchange, request = rig.ask()
+            for number, letter in ((0, "a"), (2, "b")):
+                (await rig.workers.stream(number)).finish(None, *tokens(letter))
+                (await rig.workers.stream(number + 1)).fail(FatalTransferError("the lease has expired"))
+            alone = await rig.workers.stream(4)
+            assert (alone.command.role, alone.command.num_generated) == (Role.AGGREGATED, 2)
+            alone.finish(FinishReason.LENGTH, *tokens("c"))
+            await request
+            assert exchange.text == "abc"
+
+    run(scene)
+
+
+def test_a_decode_worker_lost_in_mid_stream_is_replaced_without_gap_or_repetition() -> None:
+    async def scene() -> None:
+        async with open_router(prefill_record(), record("d1"), record("d2")) as rig:
+            exchange, request = rig.ask(**STREAM)
+            prefill, first = await rig.workers.stream(0), await rig.workers.stream(1)
+            prefill.finish(None, *tokens("a"))
+            first.say(*tokens("bc"))
+            await sent(exchange, 3)
+            first.fail(WorkerLost("killed"))
+            prefill, second = await rig.workers.stream(2), await rig.workers.stream(3)
+            assert {first.address.model_name, second.address.model_name} == {"d1", "d2"}
+            assert (second.command.num_generated, second.prompt[4:]) == (3, letters("abc"))
+            assert (prefill.command.num_generated, prefill.prompt) == (3, second.prompt)
+            prefill.finish(None, *tokens("d"))
+            second.finish(FinishReason.LENGTH, *tokens("ef"))
+            await request
+            assert (exchange.text, exchange.token_ids) == ("abcdef", letters("abcdef"))
+            assert list(exchange.responses[-1]["num_output_tokens"]) == [6]
+            await rig.all_is_returned()
+
+    run(scene)
+
+
+def test_tokens_that_a_dying_worker_managed_to_say_are_kept() -> None:
+    async def scene() -> None:
+        async with open_router(record("d1"), record("d2")) as rig:
+            exchange, request = rig.ask()
+            first = await rig.workers.stream(0)
+            first.say(*tokens("ab"))
+            first.fail(WorkerLost("killed"))
+            second = await rig.workers.stream(1)
+            assert second.command.num_generated == 2
+            second.finish(FinishReason.LENGTH, *tokens("c"))
+            await request
+            assert exchange.text == "abc"
+
+    run(scene)
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [((*tokens("ab"), EOS), "stop"), (tokens("abc"), "length")],
+    ids=["end of sequence", "max_tokens"],
+)
+def test_a_worker_lost_after_its_last_token_is_not_missed(said: tuple[int, ...], expected: str) -> None:
+    async def scene() -> None:
+        async with open_router(record("d1"), record("d2")) as rig:
+            exchange, request = rig.ask(**max_tokens(3))
+            stream = await rig.workers.stream(0)
+            stream.say(*said)
+            stream.fail(WorkerLost("killed"))
+            await request
+            assert exchange.finish_reason == expected
+            assert len(rig.workers.streams) == 1
+
+    run(scene)
+
+
+def test_a_request_is_given_up_after_four_attempts_with_the_last_error() -> None:
+    async def scene() -> None:
+        async with open_router(record("decode")) as rig:
+            exchange, request = rig.ask()
+            for number in range(4):
+                (await rig.workers.stream(number)).fail(WorkerLost(f"loss {number}"))
+            with pytest.raises(WorkerLost, match="loss 3"):
+                await request
+            assert exchange.responses == []
+            assert rig.counters()["kelp_requests_total", (("outcome", "worker_lost"),)] == 1
+            await rig.all_is_returned()
+
+    run(scene)
+
+
+@pytest.mark.parametrize("error", [PromptTooLong("too long"), InvalidRequest("bad"), DeadlineExceeded("late")])
+def test_what_no_other_worker_can_help_is_not_retried(error: KelpError) -> None:
+    async def scene() -> None:
+        async with open_router(record("d1"), record("d2")) as rig:
+            _, request = rig.ask()
+            (await rig.workers.stream(0)).fail(error)
+            with pytest.raises(type(error)):
+                await request
+            assert len(rig.workers.streams) == 1
+            await rig.all_is_returned()
+
+    run(scene)
+
+
+def test_a_full_worker_is_left_for_another() -> None:
+    async def scene() -> None:
+        async with open_router(record("d1"), record("d2")) as rig:
+            exchange, request = rig.ask()
+            first = await rig.workers.stream(0)
+            first.fail(CapacityError("the queue is full"))
+            second = await rig.workers.stream(1)
+            assert second.address.model_name != first.address.model_name
+            second.finish(FinishReason.LENGTH, *tokens("a"))
+            await request
+            assert exchange.text == "a"
+
+    run(scene)
+
+
+def test_when_every_worker_is_full_the_client_hears_so() -> None:
+    async def scene() -> None:
+        async with open_router(record("d1"), record("d2")) as rig:
+            _, request = rig.ask()
+            for number in range(4):
+                (await rig.workers.stream(number)).fail(CapacityError("the queue is full"))
+            with pytest.raises(CapacityError):
+                await request
+
+    run(scene)
+
+
+def test_without_a_decode_worker_the_request_is_refused_as_overload() -> None:
+    async def scene() -> None:
+        async with open_router(prefill_record()) as rig:
+            _, request = rig.ask()
+            with pytest.raises(CapacityError, match="no decode worker is ready"):
+                await request
+
+    run(scene)

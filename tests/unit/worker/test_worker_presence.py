@@ -1,0 +1,179 @@
+"""How a worker shows itself: registry records, drain, registry outages, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import pytest
+from worker_rig import LAYOUT, FakeRegistry, completed, open_worker, prefilled, token
+
+from kelp.core.errors import WorkerLost
+from kelp.core.messages import WORKER_STATUS, DrainCommand, decode_message
+from kelp.core.types import HandoffShape, Role, WorkerState
+from kelp.registry.base import LayoutRecord, WorkerRecord
+from kelp.worker.presence import Presence
+from support.exchange import FakeExchange
+from support.waiting import until
+
+
+def states(registry: FakeRegistry) -> list[WorkerState]:
+    return [record.state for record in registry.published]
+
+
+def status_state(exchange: FakeExchange) -> str:
+    return decode_message(WORKER_STATUS, exchange.responses[0]["event"][0], "status").state
+
+
+def test_a_worker_becomes_visible_with_all_that_a_router_needs() -> None:
+    async def scene() -> None:
+        async with open_worker(Role.PREFILL) as rig:
+            record = rig.registry.published[0]
+            assert (record.worker_id, record.epoch, record.model_name) == ("host:1/prefill", "epoch", "prefill")
+            assert (record.role, record.state, record.endpoint) == (Role.PREFILL, WorkerState.READY, "host:1")
+            assert record.handoff_shape is HandoffShape.RENDEZVOUS
+            assert record.layout == LayoutRecord.of(LAYOUT)
+            host, _, port = record.handoff_endpoint.rpartition(":")
+            assert (host, int(port) > 0) == ("127.0.0.1", True)
+
+    asyncio.run(scene())
+
+
+def test_every_heartbeat_tells_the_present_load() -> None:
+    async def scene() -> None:
+        async with open_worker(heartbeat_s=0.005) as rig:
+            await rig.generate()
+            await until(lambda: rig.registry.published[-1].num_running == 1, "a heartbeat with the request")
+
+    asyncio.run(scene())
+
+
+def test_a_draining_worker_says_so_at_once_and_refuses_new_requests() -> None:
+    async def scene() -> None:
+        async with open_worker() as rig:
+            _, running = await rig.generate()
+            exchange, draining = rig.command(DrainCommand(timeout_s=60.0))
+            await until(lambda: states(rig.registry)[-1] is WorkerState.DRAINING, "the record")
+            _, refused = await rig.generate()
+            with pytest.raises(WorkerLost, match="host:1/decode is draining"):
+                await refused
+            assert not draining.done(), "drained although a request runs"
+            rig.executor.emit(token(1), completed())
+            await running
+            await draining
+            assert status_state(exchange) == "draining"
+
+    asyncio.run(scene())
+
+
+def test_a_draining_prefill_worker_waits_for_its_leases() -> None:
+    async def scene() -> None:
+        async with open_worker(Role.PREFILL, lease_ttl_s=0.2) as rig:
+            _, task = await rig.generate(Role.PREFILL, rig.rendezvous())
+            rig.executor.emit(prefilled(8, 3, 5), token(7), completed(None))
+            await task
+            _, draining = rig.command(DrainCommand(timeout_s=60.0))
+            await until(lambda: states(rig.registry)[-1] is WorkerState.DRAINING, "the record")
+            assert rig.handoffs.num_leases == 1 and not draining.done()
+            await draining
+            assert rig.handoffs.num_leases == 0
+
+    asyncio.run(scene())
+
+
+def test_a_drain_that_takes_too_long_answers_with_what_still_runs() -> None:
+    async def scene() -> None:
+        async with open_worker() as rig:
+            await rig.generate()
+            exchange, draining = rig.command(DrainCommand(timeout_s=0.01))
+            await draining
+            status = decode_message(WORKER_STATUS, exchange.responses[0]["event"][0], "status")
+            assert (status.state, status.num_running) == ("draining", 1)
+
+    asyncio.run(scene())
+
+
+def test_an_idle_worker_is_drained_at_once() -> None:
+    async def scene() -> None:
+        async with open_worker() as rig:
+            exchange, draining = rig.command(DrainCommand())
+            await draining
+            assert status_state(exchange) == "draining"
+
+    asyncio.run(scene())
+
+
+def test_a_worker_that_stops_leaves_the_registry_and_closes_its_engine() -> None:
+    async def scene() -> None:
+        async with open_worker() as rig:
+            _, running = await rig.generate()
+            await rig.service.stop()
+            with pytest.raises(WorkerLost):
+                await running
+            assert rig.registry.withdrawn == [("host:1/decode", "epoch")]
+            assert rig.executor.is_closed
+
+    asyncio.run(scene())
+
+
+def test_a_worker_serves_on_while_the_registry_is_out_of_reach(caplog: pytest.LogCaptureFixture) -> None:
+    async def scene() -> None:
+        async with open_worker(heartbeat_s=0.005) as rig:
+            rig.registry.error = OSError("no space left on device")
+            await until(lambda: "registry unreachable" in caplog.text, "a failed heartbeat")
+            exchange, task = await rig.generate()
+            rig.executor.emit(token(1), completed())
+            await task
+            assert exchange.token_ids == [1]
+            num_published = len(rig.registry.published)
+            rig.registry.error = None
+            await until(lambda: len(rig.registry.published) > num_published + 1, "heartbeats again")
+            assert caplog.text.count("registry unreachable") == 1, "said once, not at every heartbeat"
+
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(scene())
+
+
+def test_a_worker_stops_even_if_the_registry_is_out_of_reach() -> None:
+    async def scene() -> None:
+        async with open_worker() as rig:
+            rig.registry.error = OSError("gone")
+            await rig.service.stop()
+            assert rig.executor.is_closed
+
+    asyncio.run(scene())
+
+
+class SlowRegistry(FakeRegistry):
+    """Shows in which order calls end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log: list[str] = []
+
+    def publish(self, record: WorkerRecord) -> None:
+        super().publish(record)
+        self.log.append(record.state.value)
+
+    def withdraw(self, worker_id: str, epoch: str) -> None:
+        super().withdraw(worker_id, epoch)
+        self.log.append("withdrawn")
+
+
+def test_a_change_of_state_is_not_overtaken_by_an_older_heartbeat() -> None:
+    async def scene() -> None:
+        async with open_worker() as rig:
+            record = rig.registry.published[0]
+            state = WorkerState.READY
+            registry = SlowRegistry()
+            presence = Presence(registry, lambda: record.model_copy(update={"state": state}), 0.001)
+            heartbeats = [asyncio.ensure_future(presence.publish()) for _ in range(5)]
+            state = WorkerState.DRAINING
+            await presence.publish()
+            await asyncio.gather(*heartbeats)
+            await presence.withdraw()
+            assert registry.log[-1] == "withdrawn"
+            drained = registry.log.index("draining")
+            assert set(registry.log[drained:-1]) == {"draining"}
+
+    asyncio.run(scene())
