@@ -19,14 +19,7 @@ from executor_harness import (
     write_tiny_model,
 )
 
-from kelp.core.errors import (
-    CapacityError,
-    DeadlineExceeded,
-    InvalidRequest,
-    KelpError,
-    PromptTooLong,
-    WorkerLost,
-)
+from kelp.core.errors import CapacityError, DeadlineExceeded, InvalidRequest, KelpError, PromptTooLong, WorkerLost
 from kelp.core.types import FinishReason, HandoffShape, Role, num_blocks_for
 from kelp.executor.base import Admitted, Completed, Executor, Failed, Prefilled, Reserved, Tokens
 
@@ -100,13 +93,8 @@ def test_a_stop_token_is_emitted_and_ends_the_sequence(client):
 def test_stamps_are_in_order(client):
     recorder = client.submit(PROMPT, max_tokens=3)
     timings = recorder.end().timings
-    stamps = [
-        timings.arrival_ns,
-        timings.first_scheduled_ns,
-        timings.prefill_done_ns,
-        timings.first_token_ns,
-        timings.last_token_ns,
-    ]
+    names = ("arrival", "first_scheduled", "prefill_done", "first_token", "last_token")
+    stamps = [getattr(timings, f"{name}_ns") for name in names]
     assert stamps == sorted(stamps)
     assert stamps[0] > 0
 

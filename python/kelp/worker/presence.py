@@ -31,16 +31,8 @@ class Presence:
             await asyncio.sleep(self._heartbeat_s)
 
     async def publish(self) -> None:
-        """Publish the present state."""
-        async with self._publishing:
-            try:
-                await asyncio.to_thread(self._registry.publish, self._describe())
-            except OSError as error:
-                if self._is_reachable:
-                    _log.warning("registry unreachable, will retry: %s", error)
-                self._is_reachable = False
-                return
-            self._is_reachable = True
+        """Publish the present state; a cancelled call is carried out, so that `withdraw` can have the last word."""
+        await asyncio.shield(asyncio.ensure_future(self._publish()))
 
     async def withdraw(self) -> None:
         """Leave the registry."""
@@ -50,3 +42,14 @@ class Presence:
                 await asyncio.to_thread(self._registry.withdraw, record.worker_id, record.epoch)
             except OSError as error:
                 _log.warning("record %s not withdrawn, it expires: %s", record.worker_id, error)
+
+    async def _publish(self) -> None:
+        async with self._publishing:
+            try:
+                await asyncio.to_thread(self._registry.publish, self._describe())
+            except OSError as error:
+                if self._is_reachable:
+                    _log.warning("registry unreachable, will retry: %s", error)
+                self._is_reachable = False
+                return
+            self._is_reachable = True

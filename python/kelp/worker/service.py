@@ -15,7 +15,7 @@ import numpy.typing as npt
 from kelp.core.cancel_watch import CancelWatch
 from kelp.core.clock import Clock
 from kelp.core.config import KelpConfig
-from kelp.core.errors import InvalidRequest, RequestCancelled, WorkerLost
+from kelp.core.errors import InvalidRequest, KelpError, RequestCancelled, WorkerLost
 from kelp.core.exchange import Exchange, Tensors
 from kelp.core.messages import (
     WORKER_COMMAND,
@@ -156,13 +156,16 @@ class WorkerService:
             with self._cancel_watch.watching(exchange, lambda: loop.call_soon_threadsafe(task.cancel)):
                 finished = await task
         except asyncio.CancelledError:
-            if self._state is WorkerState.GONE:
-                raise WorkerLost(f"worker {self._identity.worker_id} is stopping") from None
-            raise RequestCancelled("the client cancelled or went away") from None
+            raise self._why_cancelled() from None
         finally:
             del self._streams[request_id]
             self._requests.discard(task)
         await stream.finish(finished)
+
+    def _why_cancelled(self) -> KelpError:
+        if self._state is WorkerState.GONE:
+            return WorkerLost(f"worker {self._identity.worker_id} is stopping")
+        return RequestCancelled("the client cancelled or went away")
 
     def _request(
         self,

@@ -6,11 +6,8 @@ from counting_bench import EOS, Bench, reason, tokens
 from kelp.core.errors import DeadlineExceeded, InternalError
 from kelp.core.types import FinishReason, Role
 from kelp.executor.base import (
-    Admitted,
     Completed,
     Failed,
-    Prefilled,
-    Tokens,
 )
 
 
@@ -83,14 +80,17 @@ def test_the_latest_arrival_is_preempted_and_finishes_later():
     assert tokens(second) == [*range(24, 36)]
 
 
-def test_a_prefill_is_never_preempted():
-    bench = Bench(num_blocks=6)
-    exported = bench.submit("a", 8, Role.PREFILL, max_tokens=5)
-    grown = bench.submit("b", 4, start=20, max_tokens=13)
+def test_a_running_prefill_is_never_preempted_even_by_an_earlier_request():
+    bench = Bench(num_blocks=5, budget=3, max_running=2)
+    grown = bench.submit("a", 4, max_tokens=13)
+    exported = bench.submit("b", 12, Role.PREFILL, start=20)
     bench.run()
-    assert [type(event) for event in exported] == [Admitted, Prefilled, Tokens, Completed]
-    assert tokens(grown) == [*range(24, 37)]
-    assert bench.pool.num_held == 2
+    assert bench.engine.load().num_preemptions == 1
+    assert reason(exported) is None
+    assert not isinstance(grown[-1], Completed)
+    bench.engine.release_export("b")
+    bench.run()
+    assert tokens(grown) == [*range(4, 17)]
 
 
 def test_a_request_that_waits_for_leased_blocks_runs_once_they_are_released():

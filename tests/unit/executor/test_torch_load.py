@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 
 import pytest
@@ -8,12 +7,13 @@ from tiny_llama import save_model
 
 from kelp.core.config import ExecutorConfig
 from kelp.core.errors import ConfigError
+from kelp.core.model_identity import model_identity
 from kelp.core.types import KVLayout
 from kelp.executor.torch.load import load_parts
 from kelp.executor.torch.memory import allocate_pool, size_pool
 from kelp.executor.torch.model_config import load_model_config
 from kelp.executor.torch.options import TorchExecutorOptions
-from kelp.executor.torch.weights import load_weights, model_digest
+from kelp.executor.torch.weights import load_weights
 
 CPU = torch.device("cpu")
 LAYOUT = KVLayout(0, 2, 2, 4, 8, "float32", "model")
@@ -69,21 +69,6 @@ def test_a_bad_shard_index_is_refused(folder, document):
         load(folder)
 
 
-def test_the_model_id_is_stable_and_changes_with_the_files(folder):
-    before = model_digest(folder)
-    assert before == model_digest(folder)
-    rewrite(folder, lambda tensors: tensors.update(extra=torch.ones(5)))
-    with_more_weights = model_digest(folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
-    assert len({before, with_more_weights, model_digest(folder)}) == 3
-
-
-def test_the_model_id_of_a_folder_without_config_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="config.json"):
-        model_digest(tmp_path)
-
-
 def test_the_pool_is_page_aligned_zeroed_and_described(folder):
     sized = size_pool(LAYOUT, CPU, 0.2)
     pool, memory = allocate_pool(sized, CPU)
@@ -113,7 +98,7 @@ def test_a_block_larger_than_the_share_of_memory_is_refused():
 def test_the_parts_report_limits_and_layout(folder):
     parts = load_parts(folder, TorchExecutorOptions(dtype="bfloat16", num_blocks=8, threads=1))
     assert parts.limits.max_model_tokens == 256
-    assert parts.layout == KVLayout(8, 2, 2, 16, 8, "bfloat16", model_digest(folder))
+    assert parts.layout == KVLayout(8, 2, 2, 16, 8, "bfloat16", model_identity(folder))
 
 
 @pytest.mark.parametrize(

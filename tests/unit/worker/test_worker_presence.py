@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 
 import pytest
 from worker_rig import LAYOUT, FakeRegistry, completed, open_worker, prefilled, token
@@ -145,35 +146,61 @@ def test_a_worker_stops_even_if_the_registry_is_out_of_reach() -> None:
 
 
 class SlowRegistry(FakeRegistry):
-    """Shows in which order calls end."""
+    """Publishes when told to; `log` shows in which order calls ended."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.is_publishing, self.may_publish = threading.Event(), threading.Event()
         self.log: list[str] = []
 
     def publish(self, record: WorkerRecord) -> None:
-        super().publish(record)
+        self.is_publishing.set()
+        assert self.may_publish.wait(10.0)
         self.log.append(record.state.value)
 
     def withdraw(self, worker_id: str, epoch: str) -> None:
-        super().withdraw(worker_id, epoch)
         self.log.append("withdrawn")
 
 
-def test_a_change_of_state_is_not_overtaken_by_an_older_heartbeat() -> None:
+@pytest.fixture
+def record() -> WorkerRecord:
+    return WorkerRecord(
+        worker_id="host:1/decode",
+        epoch="epoch",
+        model_name="decode",
+        role=Role.DECODE,
+        state=WorkerState.READY,
+        endpoint="host:1",
+        layout=LayoutRecord.of(LAYOUT),
+    )
+
+
+def test_a_change_of_state_is_not_overtaken_by_an_older_heartbeat(record: WorkerRecord) -> None:
     async def scene() -> None:
-        async with open_worker() as rig:
-            record = rig.registry.published[0]
-            state = WorkerState.READY
-            registry = SlowRegistry()
-            presence = Presence(registry, lambda: record.model_copy(update={"state": state}), 0.001)
-            heartbeats = [asyncio.ensure_future(presence.publish()) for _ in range(5)]
-            state = WorkerState.DRAINING
-            await presence.publish()
-            await asyncio.gather(*heartbeats)
-            await presence.withdraw()
-            assert registry.log[-1] == "withdrawn"
-            drained = registry.log.index("draining")
-            assert set(registry.log[drained:-1]) == {"draining"}
+        state, registry = WorkerState.READY, SlowRegistry()
+        presence = Presence(registry, lambda: record.model_copy(update={"state": state}), 60.0)
+        heartbeat = asyncio.ensure_future(presence.publish())
+        await until(registry.is_publishing.is_set, "a heartbeat under way")
+        state = WorkerState.DRAINING
+        change = asyncio.ensure_future(presence.publish())
+        registry.may_publish.set()
+        await asyncio.gather(heartbeat, change)
+        assert registry.log == ["ready", "draining"]
+
+    asyncio.run(scene())
+
+
+def test_a_worker_that_leaves_is_not_brought_back_by_a_heartbeat_under_way(record: WorkerRecord) -> None:
+    async def scene() -> None:
+        registry = SlowRegistry()
+        presence = Presence(registry, lambda: record, 60.0)
+        running = asyncio.ensure_future(presence.run())
+        await until(registry.is_publishing.is_set, "a heartbeat under way")
+        running.cancel()
+        leaving = asyncio.ensure_future(presence.withdraw())
+        await asyncio.gather(running, return_exceptions=True)
+        registry.may_publish.set()
+        await leaving
+        assert registry.log == ["ready", "withdrawn"]
 
     asyncio.run(scene())

@@ -8,6 +8,7 @@ import torch
 
 from kelp.core.clock import Clock, SystemClock
 from kelp.core.errors import ConfigError
+from kelp.core.model_identity import model_identity
 from kelp.core.types import KVLayout
 from kelp.executor.base import ExecutorLimits
 from kelp.executor.torch.engine import EngineRules
@@ -19,7 +20,7 @@ from kelp.executor.torch.options import TorchExecutorOptions
 from kelp.executor.torch.runner import TorchRunner
 from kelp.executor.torch.scheduler import SchedulerLimits
 from kelp.executor.torch.sequence import SequenceRules
-from kelp.executor.torch.weights import load_weights, model_digest
+from kelp.executor.torch.weights import load_weights
 
 
 def load_torch_executor(model_folder: Path, options: TorchExecutorOptions, clock: Clock | None = None) -> TorchExecutor:
@@ -42,7 +43,7 @@ def load_parts(model_folder: Path, options: TorchExecutorOptions) -> TorchExecut
     device = _device(options.device)
     config = load_model_config(model_folder)
     max_model_tokens = _max_model_tokens(config, options)
-    model_id = options.model_id or model_digest(model_folder)
+    model_id = options.model_id or model_identity(model_folder)
     weights = load_weights(model_folder, config, getattr(torch, options.dtype), device)
     layout = size_pool(_layout(config, options, model_id), device, options.kv_memory_fraction)
     pool, memory = allocate_pool(layout, device)

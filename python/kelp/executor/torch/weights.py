@@ -6,7 +6,6 @@ one tensor.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -48,24 +47,6 @@ class LlamaWeights:
     layers: tuple[LayerWeights, ...]
     final_norm: torch.Tensor
     lm_head: torch.Tensor
-
-
-def model_digest(folder: Path) -> str:
-    """Name of a model folder's content: config.json plus names and sizes of the weight files.
-
-    Cheap, and equal in every process and on every host that has the same files.
-
-    Raises:
-        ConfigError: config.json is missing.
-    """
-    digest = hashlib.blake2b(digest_size=16, person=b"kelp-model-id")
-    try:
-        digest.update((folder / "config.json").read_bytes())
-    except OSError as error:
-        raise ConfigError(f"model.path: {folder / 'config.json'}: {error.strerror}") from None
-    for path in sorted(folder.glob("*.safetensors")):
-        digest.update(f"\n{path.name}:{path.stat().st_size}".encode())
-    return digest.hexdigest()
 
 
 def load_weights(folder: Path, config: LlamaConfig, dtype: torch.dtype, device: torch.device) -> LlamaWeights:
