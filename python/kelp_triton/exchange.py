@@ -31,7 +31,6 @@ class Exchange:
         self._request = request
         self._sender = request.get_response_sender()
         self._lock = threading.Lock()
-        self._is_open = True
 
     def inputs(self) -> dict[str, npt.NDArray[Any]]:
         """All input tensors by name, copied out of shared memory; BYTES are object arrays of bytes."""
@@ -48,7 +47,7 @@ class Exchange:
         it crashes the whole server (seen with 2.51: SIGSEGV in TRITONBACKEND_ResponseFactoryIsCancelled).
         """
         with self._lock:
-            return self._is_open and bool(self._sender.is_cancelled())
+            return self._sender is not None and bool(self._sender.is_cancelled())
 
     def send(self, outputs: Tensors, is_final: bool = False) -> None:
         """Send one response."""
@@ -63,17 +62,22 @@ class Exchange:
     def finish(self) -> None:
         """End without a further response; a no-op when already ended."""
         with self._lock:
-            if self._is_open:
-                self._is_open = False
+            if self._sender is not None:
                 self._sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+                self._let_go()
 
     def _respond(self, response: Any, is_final: bool) -> None:
         flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if is_final else 0
         with self._lock:
-            if not self._is_open:
+            if self._sender is None:
                 return
-            self._is_open = not is_final
             self._sender.send(response, flags=flags)
+            if is_final:
+                self._let_go()
+
+    def _let_go(self) -> None:
+        # Their destructors talk to the server: run after the stub has taken its shared memory down, they crash it.
+        self._request = self._sender = None
 
 
 def as_kelp_error(error: BaseException) -> KelpError:

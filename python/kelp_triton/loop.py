@@ -38,6 +38,8 @@ class LoopThread:
         self.wait(_cancel_others(), timeout_s=10.0)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=10.0)
+        if not self._thread.is_alive():
+            self._loop.close()
 
 
 async def _cancel_others() -> None:

@@ -37,7 +37,11 @@ class KelpModel:
         self.config: KelpConfig = load_config(parameters)
         self.metrics = Metrics()
         self._loop = LoopThread(f"kelp-{self.model_name}")
-        self._loop.wait(self.start(), _START_TIMEOUT_S)
+        try:
+            self._loop.wait(self.start(), _START_TIMEOUT_S)
+        except BaseException:
+            self._loop.close()
+            raise
         self._exporter = MetricsExporter(self.metrics)
 
     def execute(self, requests: list[Any]) -> None:

@@ -58,9 +58,7 @@ class DirectoryRegistry:
         """Remove the records of dead workers and return how many there were."""
         oldest_ns = self._clock.wall_ns() - self._expiry_ns
         dead = [
-            path
-            for path in self._paths()
-            if (record := self._read(path)) is None or record.heartbeat_ns < oldest_ns
+            path for path in self._paths() if (record := self._read(path)) is None or record.heartbeat_ns < oldest_ns
         ]
         for path in dead:
             path.unlink(missing_ok=True)

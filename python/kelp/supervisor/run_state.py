@@ -10,6 +10,7 @@ from typing import TypeVar
 import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+_WANTED = "wanted.json"
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
@@ -68,12 +69,17 @@ def remove_state(grpc_port: int) -> None:
 
 def write_wanted(run_folder: Path, wanted: WantedWorkers) -> None:
     """Ask the run for other numbers of workers."""
-    _replace(run_folder / "wanted.json", wanted)
+    _replace(run_folder / _WANTED, wanted)
 
 
 def read_wanted(run_folder: Path) -> WantedWorkers | None:
     """What was asked last, if anything."""
-    return _read(run_folder / "wanted.json", WantedWorkers)
+    return _read(run_folder / _WANTED, WantedWorkers)
+
+
+def clear_wanted(run_folder: Path) -> None:
+    """The run has done what was asked, or has said why it can not."""
+    (run_folder / _WANTED).unlink(missing_ok=True)
 
 
 def _replace(path: Path, document: BaseModel) -> None:

@@ -29,8 +29,8 @@ class Fleet:
 
     def __init__(self, endpoint: str, say: Say) -> None:
         self._control = TritonControl(endpoint)
-        self._endpoint = endpoint
-        self._run = run_state.read_state(int(endpoint.rpartition(":")[2]))
+        self._port = int(endpoint.rpartition(":")[2])
+        self._run = run_state.read_state(self._port)
         self._say = say
 
     def close(self) -> None:
@@ -97,6 +97,12 @@ class Fleet:
         num_decode = count if role == "decode" else self._run.num_decode
         wanted = run_state.WantedWorkers(num_prefill=num_prefill, num_decode=num_decode)
         run_state.write_wanted(self._run.run_folder, wanted)
+        deadline_s = time.monotonic() + _START_TIMEOUT_S
+        while run_state.read_wanted(self._run.run_folder) is not None and time.monotonic() < deadline_s:
+            time.sleep(_POLL_S)
+        now = run_state.read_state(self._port)
+        if now is None or (now.num_prefill, now.num_decode) != (num_prefill, num_decode):
+            raise ConfigError(f"{role}={count}: kelp serve did not get there; its output and logs say why")
 
     def _wait_registered(self, name: str) -> None:
         deadline_s = time.monotonic() + _START_TIMEOUT_S
@@ -116,8 +122,7 @@ class Fleet:
         records = DirectoryRegistry(config.registry.path, config.registry.expiry_s).snapshot()
         if self._run is not None:
             return records
-        port = self._endpoint.rpartition(":")[2]
-        return [record for record in records if record.endpoint.rpartition(":")[2] == port]
+        return [record for record in records if record.endpoint.endswith(f":{self._port}")]
 
     def _config_path(self) -> Path | None:
         return None if self._run is None else self._run.run_folder / "kelp.yaml"

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
+import psutil
+
 from kelp.core.errors import KelpError
 from kelp.supervisor import run_state
 from kelp.supervisor.plan import (
@@ -31,6 +33,8 @@ _WATCH_S = 0.5
 _FIRST_BACKOFF_S = 1.0
 _LONGEST_BACKOFF_S = 30.0
 _HEALTHY_AFTER_S = 60.0
+_RUN_PREFIX, _OWNER = "serve-", "owner.pid"
+_KEEP_LOGS_S = 86400.0
 Say = Callable[[str], None]
 
 
@@ -150,13 +154,15 @@ class Serving:
                 supervised.watch(options.startup_timeout_s, self._say, self._signals)
 
     def _start_all(self, specs: list[ServerSpec]) -> None:
+        started: list[Supervised] = []
         for spec in specs:
             self._say(f"starting tritonserver for {', '.join(spec.model_names)} (gRPC {spec.grpc_endpoint})")
             supervised = Supervised(TritonServer(self._launch, spec))
             self._servers.append(supervised)
+            started.append(supervised)
             with self._signals.held():
                 supervised.server.start()
-        for supervised in self._servers[-len(specs) :]:
+        for supervised in started:
             started_s = time.monotonic()
             supervised.server.wait_ready(self._options.startup_timeout_s)
             names = ", ".join(supervised.server.spec.model_names)
@@ -166,17 +172,32 @@ class Serving:
         wanted = run_state.read_wanted(self._launch.run_folder)
         if not self._options.is_isolated or wanted is None:
             return
+        try:
+            self._scale(wanted)
+        except KelpError as error:
+            self._say(f"not scaled: {error.text}")
+        finally:
+            run_state.clear_wanted(self._launch.run_folder)
+
+    def _scale(self, wanted: run_state.WantedWorkers) -> None:
         workers = worker_names("prefill", wanted.num_prefill) + worker_names("decode", wanted.num_decode)
         names = {f"kelp-{worker.name}" for worker in workers} | {"kelp"}
-        for supervised in [item for item in self._servers if item.server.spec.name not in names]:
+        self._stop_servers([item for item in self._servers if item.server.spec.name not in names])
+        running = {supervised.server.spec.name for supervised in self._servers}
+        missing = [worker for worker in workers if f"kelp-{worker.name}" not in running]
+        num_before = len(self._servers)
+        try:
+            self._start_all([isolated_server(worker, self._options.host, pick_free) for worker in missing])
+        except KelpError:
+            self._stop_servers(self._servers[num_before:])
+            raise
+        self._publish(wanted.num_prefill, wanted.num_decode)
+
+    def _stop_servers(self, servers: list[Supervised]) -> None:
+        for supervised in servers:
             self._servers.remove(supervised)
             supervised.server.stop()
             self._say(f"stopped {supervised.server.spec.name}")
-        running = {supervised.server.spec.name for supervised in self._servers}
-        missing = [worker for worker in workers if f"kelp-{worker.name}" not in running]
-        if missing:
-            self._start_all([isolated_server(worker, self._options.host, pick_free) for worker in missing])
-        self._publish(wanted.num_prefill, wanted.num_decode)
 
     def _publish(self, num_prefill: int, num_decode: int) -> None:
         state = run_state.RunState(
@@ -198,8 +219,21 @@ class Serving:
 
 
 def make_run_folder() -> Path:
-    """A fresh folder for one run: configuration, registry, logs."""
-    return Path(tempfile.mkdtemp(prefix="serve-", dir=run_state.user_folder()))
+    """A fresh folder for one run: configuration, registry, logs; folders of runs long dead go."""
+    oldest_s = time.time() - _KEEP_LOGS_S
+    for folder in run_state.user_folder().glob(f"{_RUN_PREFIX}*"):
+        if folder.stat().st_mtime < oldest_s and not psutil.pid_exists(_owner_of(folder)):
+            remove_run_folder(folder)
+    folder = Path(tempfile.mkdtemp(prefix=_RUN_PREFIX, dir=run_state.user_folder()))
+    (folder / _OWNER).write_text(str(os.getpid()))
+    return folder
+
+
+def _owner_of(folder: Path) -> int:
+    try:
+        return int((folder / _OWNER).read_text())
+    except (OSError, ValueError):
+        return 0
 
 
 def remove_run_folder(folder: Path) -> None:

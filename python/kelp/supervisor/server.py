@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from kelp.supervisor.plan import ServerSpec, worker_model_config
 _BACKENDS = ("python", "kelp_router", "kelp_preprocess", "kelp_prefill", "kelp_decode")
 _STOP_TIMEOUT_S = 20.0
 _POLL_S = 0.1
+_PR_SET_PDEATHSIG = 1
 _LOG_TAIL_LINES = 8
 
 
@@ -85,6 +87,7 @@ class TritonServer:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=_end_with_parent,
             )
 
     def is_running(self) -> bool:
@@ -99,6 +102,7 @@ class TritonServer:
         """
         deadline_s = time.monotonic() + timeout_s
         with contextlib.closing(TritonControl(self.spec.grpc_endpoint)) as control:
+            self._wait_for(control.is_live, "an answer", deadline_s)
             for name in self.spec.on_disk_models:
                 self._wait_model(control, name, deadline_s)
             for worker in self.spec.added_workers:
@@ -130,13 +134,19 @@ class TritonServer:
             return orphaned_stubs(shm_prefix(self.spec))
 
     def _wait_model(self, control: TritonControl, name: str, deadline_s: float) -> None:
-        while not control.is_model_ready(name):
-            if not self.is_running():
-                raise ConfigError(f"tritonserver ended while loading {name}: {self._last_words()}")
+        def is_ready() -> bool:
             if "UNAVAILABLE" in (state := self._state(control, name)) and ":" in state:
                 raise ConfigError(f"model {name} did not load: {_first_line(state)}; log: {self.log_path}")
+            return control.is_model_ready(name)
+
+        self._wait_for(is_ready, f"model {name}", deadline_s)
+
+    def _wait_for(self, is_done: Callable[[], bool], what: str, deadline_s: float) -> None:
+        while not is_done():
+            if not self.is_running():
+                raise ConfigError(f"tritonserver ended while waiting for {what}: {self._last_words()}")
             if time.monotonic() > deadline_s:
-                raise ConfigError(f"model {name} was not ready in time; log: {self.log_path}")
+                raise ConfigError(f"tritonserver took too long: waited for {what}; log: {self.log_path}")
             time.sleep(_POLL_S)
 
     def _state(self, control: TritonControl, name: str) -> str:
@@ -148,6 +158,11 @@ class TritonServer:
         lines = self.log_path.read_text(errors="replace").splitlines()
         errors = [line for line in lines if "KELP_" in line or line.startswith("E") or "error" in line.lower()]
         return f"{(errors or lines or ['no output'])[-1][:500]} (log: {self.log_path})"
+
+
+def _end_with_parent() -> None:
+    """In the child: SIGTERM when the supervisor dies without having said goodbye (Linux, prctl(2))."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _first_line(text: str) -> str:

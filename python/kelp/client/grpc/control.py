@@ -29,6 +29,13 @@ class TritonControl:
         """Close the connection."""
         self._client.close()
 
+    def is_live(self) -> bool:
+        """Whether the server answers at all."""
+        try:
+            return bool(self._client.is_server_live(client_timeout=_CALL_TIMEOUT_S))
+        except InferenceServerException:
+            return False
+
     def is_model_ready(self, name: str) -> bool:
         """Whether a model answers; False also while the server is not up."""
         try:
