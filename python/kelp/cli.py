@@ -1,4 +1,4 @@
-"""The `kelp` command."""
+"""kelp: disaggregated LLM serving as a Triton model repository."""
 
 from __future__ import annotations
 

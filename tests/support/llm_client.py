@@ -117,6 +117,7 @@ class Call:
 
     def __init__(self, endpoint: str, fields: dict[str, Any], model: str = "llm") -> None:
         self._events: queue.Queue[tuple[Any, Any]] = queue.Queue()
+        self._is_over = False
         self._client = triton.InferenceServerClient(endpoint)
         self._client.start_stream(callback=lambda result, error: self._events.put((result, error)))
         self._client.async_stream_infer(model, llm_inputs(fields), enable_empty_final_response=True)
@@ -144,18 +145,23 @@ class Call:
         """The next response; `queue.Empty` when none comes in time."""
         result, error = self._events.get(timeout=timeout_s)
         if error is not None:
+            self._is_over = True
             raise ServedError(str(error.message()))
         answer = result.get_response()
         tensors = {output.name: result.as_numpy(output.name) for output in answer.outputs}
-        return Response(tensors, answer.parameters["triton_final_response"].bool_param)
+        self._is_over = answer.parameters["triton_final_response"].bool_param
+        return Response(tensors, self._is_over)
 
     def answer(self) -> Answer:
         """Everything up to the last response."""
         return Answer(list(self))
 
     def cancel(self) -> None:
-        """Cancel what still runs and close the connection; idempotent."""
-        self._client.stop_stream(cancel_requests=True)
+        """Cancel what still runs and close the connection; idempotent.
+
+        A stream that is over is not cancelled: Triton would keep a reference to the model, and stop the hard way.
+        """
+        self._client.stop_stream(cancel_requests=not self._is_over)
         self._client.close()
 
 

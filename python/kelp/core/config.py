@@ -197,4 +197,6 @@ def load_config(parameters: Mapping[str, str] | None = None, path: Path | None =
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise ConfigError(f"{field}: no such field; `kelp doctor` prints all of them") from None
         raise ConfigError(f"{field}: {first['msg']} (got {first['input']!r})") from None

@@ -74,6 +74,7 @@ class GenerateCommand(Message):
     """Router to worker: run this request. Prompt tokens travel beside it as a tensor.
 
     Attributes:
+        request_id: New with every command, so that cancelling one attempt spares the next.
         role: `prefill` stops after the first token and keeps the KV under a lease; `decode` fetches the
             prompt's KV through `rendezvous`; `aggregated` does all of it.
         remaining_ms: Time left until the deadline when sent; rebased to the receiver's clock.
@@ -99,13 +100,27 @@ class DrainCommand(Message):
     timeout_s: Annotated[float, Field(gt=0, le=86400)] = 60.0
 
 
+class CancelCommand(Message):
+    """Router to worker: end this request; its own stream then says how it ended.
+
+    Sent instead of cancelling the gRPC call, which Triton 2.51 does not survive unharmed: a cancellation that meets a
+    response on its way keeps a reference to the model for ever, so that it never unloads.
+
+    Attributes:
+        request_id: As in `GenerateCommand`; a request that has ended, or never comes, is none of our concern.
+    """
+
+    op: Literal["cancel"] = "cancel"
+    request_id: _Name
+
+
 class StatusCommand(Message):
     """Report load and counts; what tests and `kelp doctor` read."""
 
     op: Literal["status"] = "status"
 
 
-WorkerCommand = Annotated[GenerateCommand | DrainCommand | StatusCommand, Field(discriminator="op")]
+WorkerCommand = Annotated[GenerateCommand | CancelCommand | DrainCommand | StatusCommand, Field(discriminator="op")]
 
 
 class RequestTimings(Message):

@@ -67,9 +67,8 @@ class WorkerLeg:
             yield item
 
     def leave(self) -> None:
-        """Stop reading; what still runs is cancelled in the background."""
+        """Lose interest; what still runs is cancelled, and read to its end, in the background."""
         self._timer.cancel()
-        self._reading.cancel()
         self._parts.retire(self._stream)
 
     async def _read(self) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -40,6 +42,7 @@ class Job:
     worker_ids: tuple[str, ...] = ()
     first_sent_ns: int = 0
     last_received_ns: int = 0
+    _num_commands: Iterator[int] = field(default_factory=itertools.count)
 
     def routing(self) -> RoutingRequest:
         """What a policy may know."""
@@ -58,7 +61,7 @@ class Job:
             DeadlineExceeded: No time is left.
         """
         return GenerateCommand(
-            request_id=self.request_id,
+            request_id=f"{self.request_id}.{next(self._num_commands)}",
             role=role,
             sampling=self.sampling,
             seed_hash_hex=self.prompt.message.seed_hash_hex,

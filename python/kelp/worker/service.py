@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +17,7 @@ from kelp.core.errors import InvalidRequest, KelpError, RequestCancelled, Worker
 from kelp.core.exchange import Exchange, Tensors
 from kelp.core.messages import (
     WORKER_COMMAND,
+    CancelCommand,
     DrainCommand,
     Finished,
     GenerateCommand,
@@ -36,6 +35,7 @@ from kelp.transport.base import Agent
 from kelp.worker.decode import DecodeRun
 from kelp.worker.prefill import run_prefill
 from kelp.worker.presence import Presence
+from kelp.worker.running import RunningRequests, cancel_tasks
 from kelp.worker.stream import RequestStream, StreamItem
 
 _KEEP_ALIVES_PER_IDLE_TIMEOUT = 4
@@ -80,7 +80,7 @@ class WorkerService:
         self._state = WorkerState.STARTING
         self._handoff_endpoint = ""
         self._streams: dict[str, RequestStream] = {}
-        self._requests: set[asyncio.Task[Finished]] = set()
+        self._running = RunningRequests()
         self._tasks: list[asyncio.Task[None]] = []
         self._quarantined: set[asyncio.Task[None]] = set()
         self._outbox: Outbox[StreamItem] = Outbox(f"{identity.model_name}-outbox")
@@ -102,8 +102,8 @@ class WorkerService:
             task.cancel()
         await self._presence.withdraw()
         await self._parts.handoffs.stop()
-        await _cancel(self._requests)
-        await _cancel(self._quarantined)
+        await self._running.cancel_all()
+        await cancel_tasks(self._quarantined)
         await self._parts.reader.close()
         await asyncio.to_thread(self._close_threads)
 
@@ -120,7 +120,9 @@ class WorkerService:
         if isinstance(command, GenerateCommand):
             await self._generate(command, _prompt(inputs), exchange)
             return
-        if isinstance(command, DrainCommand):
+        if isinstance(command, CancelCommand):
+            self._running.cancel(command.request_id)
+        elif isinstance(command, DrainCommand):
             await self._drain(command.timeout_s)
         document = np.array([encode_message(self.status())], dtype=np.object_)
         exchange.send({"event": document}, is_final=True)
@@ -148,18 +150,19 @@ class WorkerService:
         stream = RequestStream(exchange, self._outbox, self._parts.clock)
         # A retried request may come back while its first attempt still winds down: ids are per attempt.
         request_id = f"{command.request_id}#{uuid.uuid4().hex[:8]}"
-        task = asyncio.ensure_future(self._run(command, self._request(command, request_id, prompt, stream), stream))
+        work = self._run(command, self._request(command, request_id, prompt, stream), stream)
         loop = asyncio.get_running_loop()
         self._streams[request_id] = stream
-        self._requests.add(task)
         try:
-            with self._cancel_watch.watching(exchange, lambda: loop.call_soon_threadsafe(task.cancel)):
+            with (
+                self._running.running(command.request_id, work) as task,
+                self._cancel_watch.watching(exchange, lambda: loop.call_soon_threadsafe(task.cancel)),
+            ):
                 finished = await task
         except asyncio.CancelledError:
             raise self._why_cancelled() from None
         finally:
             del self._streams[request_id]
-            self._requests.discard(task)
         await stream.finish(finished)
 
     def _why_cancelled(self) -> KelpError:
@@ -251,14 +254,6 @@ class WorkerService:
         self._parts.agent.close()
         self._cancel_watch.close()
         self._outbox.close()
-
-
-async def _cancel(tasks: Collection[asyncio.Task[Any]]) -> None:
-    """Cancel them and wait until they have let go of what they hold."""
-    for task in tasks:
-        task.cancel()
-    if tasks:
-        await asyncio.wait(tasks)
 
 
 def _prompt(inputs: Tensors) -> npt.NDArray[np.int32]:

@@ -12,7 +12,7 @@ import pytest
 from triton_double import TritonDouble, failure, open_triton, response, said
 
 from kelp.client.base import WorkerAddress, WorkerOutput
-from kelp.client.grpc import GrpcWorkerClient
+from kelp.client.grpc import GrpcWorkerClient, workers
 from kelp.core.errors import CapacityError, DeadlineExceeded, KelpError, ProtocolError, WorkerLost
 from kelp.core.messages import DrainCommand, Finished, GenerateCommand, SamplingParams, WorkerStatus, encode_message
 from kelp.core.types import FinishReason, Role
@@ -148,9 +148,10 @@ def test_a_server_that_is_not_there_is_a_lost_worker() -> None:
 
 
 @pytest.mark.parametrize("num_read", [0, 1], ids=["before the first output", "in mid stream"])
-def test_closing_a_stream_cancels_the_request_on_the_server(num_read: int) -> None:
+def test_closing_a_stream_has_the_worker_end_the_request_and_cancels_no_call(num_read: int) -> None:
     async def scene() -> None:
         async with open_triton(said([1], [-0.5]), stays_open=True) as (triton, _), open_client() as client:
+            triton.cancel_answer = response(event=encode_message(STATUS))
             stream = client.generate(address(triton), COMMAND, PROMPT)
             await until(lambda: bool(triton.requests), "the request")
             outputs = aiter_of(stream)
@@ -158,8 +159,43 @@ def test_closing_a_stream_cancels_the_request_on_the_server(num_read: int) -> No
                 await outputs.__anext__()
             await stream.close()
             await stream.close()
+            assert triton.cancelled_ids == {COMMAND.request_id}
+            assert len(triton.requests) == 2
+            await until(lambda: triton.num_open == 0, "the end")
+            assert triton.num_cancelled == 0
+
+    asyncio.run(scene())
+
+
+def test_closing_a_stream_whose_worker_does_not_listen_cancels_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "_CANCEL_TIMEOUT_S", 0.02)
+    monkeypatch.setattr(workers, "_DRAIN_TIMEOUT_S", 0.02)
+
+    async def scene() -> None:
+        async with open_triton(said([1], [-0.5]), stays_open=True) as (triton, _), open_client() as client:
+            triton.heeds_cancel = False
+            stream = client.generate(address(triton), COMMAND, PROMPT)
+            await until(lambda: bool(triton.requests), "the request")
+            await stream.close()
             await until(lambda: triton.num_open == 0, "the cancellation")
-            assert triton.num_cancelled == 1
+            assert triton.num_cancelled == 2, "the request and the cancel command"
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize(
+    "last", [said([2], [-1.0], encode_message(FINISHED)), failure("[KELP_TRANSFER] gone")], ids=["finished", "failed"]
+)
+def test_a_request_that_has_ended_is_read_to_the_end_and_not_cancelled(last: object) -> None:
+    async def scene() -> None:
+        async with open_triton(last) as (triton, _), open_client() as client:
+            stream = client.generate(address(triton), COMMAND, PROMPT)
+            with contextlib.suppress(KelpError):
+                await aiter_of(stream).__anext__()
+            await stream.close()
+            await until(lambda: triton.num_open == 0, "the end")
+            assert len(triton.requests) == 1
+            assert triton.num_cancelled == 0
 
     asyncio.run(scene())
 
@@ -183,7 +219,9 @@ def test_a_reader_that_is_cancelled_while_it_waits_leaves_nothing_behind() -> No
 def test_closing_one_stream_leaves_the_others_of_the_same_server_alone() -> None:
     async def scene() -> None:
         async with open_triton(said([1], [-0.5]), stays_open=True) as (triton, _), open_client() as client:
-            leaving, staying = (client.generate(address(triton), COMMAND, PROMPT) for _ in range(2))
+            triton.cancel_answer = response(event=encode_message(STATUS))
+            other = COMMAND.model_copy(update={"request_id": "other"})
+            leaving, staying = (client.generate(address(triton), command, PROMPT) for command in (other, COMMAND))
             outputs = aiter_of(staying)
             await outputs.__anext__()
             await leaving.close()

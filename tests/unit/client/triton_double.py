@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import struct
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -45,31 +46,59 @@ def failure(message: str) -> service_pb2.ModelStreamInferResponse:
 
 @dataclass
 class TritonDouble(service_pb2_grpc.GRPCInferenceServiceServicer):
-    """Answers each stream with `answers`, then keeps it open until the test says `hang_up`."""
+    """Answers each stream with `answers`, then keeps it open until it is cancelled or `may_end`."""
 
     answers: list[Any] = field(default_factory=list)
     requests: list[Any] = field(default_factory=list)
     num_cancelled: int = 0
     num_open: int = 0
     endpoint: str = ""
+    heeds_cancel: bool = True
+    cancel_answer: Any = None
+    cancelled_ids: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.may_end = asyncio.Event()
         self.may_end.set()
+        self._has_cancelled = asyncio.Condition()
 
     async def ModelStreamInfer(self, request_iterator: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
         self.num_open += 1
         try:
             async for request in request_iterator:
                 self.requests.append(request)
+                command = json.loads(request.raw_input_contents[0][4:])
+                if command["op"] == "cancel":
+                    await self._cancel(command["request_id"])
+                    yield self.cancel_answer
+                    return
                 for answer in self.answers:
                     yield answer
-            await self.may_end.wait()
+            await self._wait_until_over(command.get("request_id", ""))
         except asyncio.CancelledError:
             self.num_cancelled += 1
             raise
         finally:
             self.num_open -= 1
+
+    async def _cancel(self, request_id: str) -> None:
+        if not self.heeds_cancel:
+            await asyncio.Event().wait()
+        self.cancelled_ids.add(request_id)
+        async with self._has_cancelled:
+            self._has_cancelled.notify_all()
+
+    async def _wait_until_over(self, request_id: str) -> None:
+        async def wait_for_cancel() -> None:
+            async with self._has_cancelled:
+                await self._has_cancelled.wait_for(lambda: request_id in self.cancelled_ids)
+
+        waits = [asyncio.ensure_future(self.may_end.wait()), asyncio.ensure_future(wait_for_cancel())]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
 
     def inputs(self, number: int = 0) -> dict[str, Any]:
         """Tensors of a request, decoded."""

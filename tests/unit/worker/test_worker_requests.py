@@ -18,7 +18,7 @@ from kelp.core.errors import (
     ProtocolError,
     RequestCancelled,
 )
-from kelp.core.messages import Finished, Progress, RequestUsage, encode_message
+from kelp.core.messages import CancelCommand, Finished, Progress, RequestUsage, encode_message
 from kelp.core.types import FinishReason, Role
 from kelp.executor.base import Admitted, Failed, Tokens
 from support.exchange import bytes_tensor
@@ -173,6 +173,39 @@ def test_a_router_that_goes_aborts_its_request(num_said: int) -> None:
             with pytest.raises(RequestCancelled):
                 await task
             assert rig.executor.calls == [("abort", 0)]
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize("num_said", [0, 1], ids=["waiting", "running"])
+def test_a_cancel_command_aborts_its_request_and_no_other(num_said: int) -> None:
+    async def scene() -> None:
+        async with open_worker() as rig:
+            _, staying = await rig.generate(request_id="staying")
+            _, task = await rig.generate(request_id="leaving")
+            if num_said:
+                rig.executor.emit(token(1))
+            answer, cancelling = rig.command(CancelCommand(request_id="leaving"))
+            await cancelling
+            assert answer.is_over
+            with pytest.raises(RequestCancelled):
+                await task
+            assert rig.executor.calls == [("abort", 1)]
+            rig.executor.emit(token(2), completed(), number=0)
+            await staying
+
+    asyncio.run(scene())
+
+
+def test_a_cancel_command_that_overtakes_its_request_ends_it_as_soon_as_it_comes() -> None:
+    async def scene() -> None:
+        async with open_worker() as rig:
+            _, cancelling = rig.command(CancelCommand(request_id="r"))
+            await cancelling
+            _, task = await rig.generate(request_id="r")
+            with pytest.raises(RequestCancelled):
+                await task
+            assert (await rig.status()).num_running == 0
 
     asyncio.run(scene())
 

@@ -1,14 +1,16 @@
 """Workers over Triton's gRPC streaming API.
 
 Decoupled BLS deadlocks under concurrency in every released Triton (docs/architecture.md), so this client serves
-workers on the own server as well. Each request has a stream of its own, half-closed after the request: cancelling it
-cancels exactly that request.
+workers on the own server as well. Each request has a stream of its own, half-closed after the request. A request is
+cancelled by a command to its worker, and its stream read to the end: a cancelled gRPC call may meet a response on its
+way, and Triton (2.51) then keeps a reference to the model for ever, so that it never unloads.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -22,7 +24,9 @@ from kelp.core.errors import KelpError, ProtocolError, WorkerLost, from_message
 from kelp.core.messages import (
     WORKER_EVENT,
     WORKER_STATUS,
+    CancelCommand,
     DrainCommand,
+    Finished,
     GenerateCommand,
     Message,
     StatusCommand,
@@ -38,7 +42,8 @@ _CHANNEL_OPTIONS = [
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.http2.max_pings_without_data", 0),
 ]
-_DRAIN_TIMEOUT_S = 5.0
+_CANCEL_TIMEOUT_S = 1.0
+_DRAIN_TIMEOUT_S = 4.0
 
 
 def _inputs(command: Message, prompt: npt.NDArray[np.int32] | None) -> list[Any]:
@@ -57,14 +62,28 @@ def _event(result: Any) -> bytes:
 
 
 class GrpcWorkerStream:
-    """One request's stream; see `client.base.WorkerStream`."""
+    """One request's stream; see `client.base.WorkerStream`.
 
-    def __init__(self, client: Any, model_name: str, inputs: list[Any], endpoint: str) -> None:
-        self._where = f"worker {endpoint}/{model_name}"
+    Args:
+        cancel: Asks the worker to end the request; None for one that ends by itself.
+    """
+
+    def __init__(
+        self,
+        client: Any,
+        address: WorkerAddress,
+        inputs: list[Any],
+        cancel: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        self._where = f"worker {address.endpoint}/{address.model_name}"
+        self._cancel = cancel
         self._is_over = False
+        self._is_closing = False
+        self._has_ended = False
+        self._reading = asyncio.Lock()
 
         async def requests() -> AsyncIterator[dict[str, Any]]:
-            yield {"model_name": model_name, "inputs": inputs}
+            yield {"model_name": address.model_name, "inputs": inputs}
 
         self._responses = client.stream_infer(requests())
 
@@ -82,26 +101,46 @@ class GrpcWorkerStream:
             yield result
 
     async def close(self) -> None:
-        """See `WorkerStream`."""
-        if self._is_over:
+        """See `WorkerStream`; whoever still reads may go on, and shares what is left with the draining."""
+        if self._is_closing or self._is_over:
             return
-        self._is_over = True
-        self._responses.cancel()
-        await _drain(self._responses)
+        self._is_closing = True
+        draining = asyncio.ensure_future(self._drain())
+        if self._cancel is not None and not self._has_ended:
+            await self._cancel()
+        await asyncio.wait({draining}, timeout=_DRAIN_TIMEOUT_S)
+        if not draining.done():
+            self._responses.cancel()
+            await asyncio.wait({draining}, timeout=_DRAIN_TIMEOUT_S)
+
+    async def _drain(self) -> None:
+        while not self._is_over:
+            with contextlib.suppress(KelpError):
+                await self._next()
 
     async def _next(self) -> Any:
         """Next Triton result, or None after the last."""
+        async with self._reading:
+            result, error = (None, None) if self._is_over else await self._read()
+        if error is not None:
+            self._has_ended = True
+            raise self._typed(error)
+        return result
+
+    async def _read(self) -> tuple[Any, Any]:
         try:
             result, error = await self._responses.__anext__()
         except StopAsyncIteration:
             self._is_over = True
-            return None
+            return None, None
         except (grpc.RpcError, InferenceServerException) as error:
             self._is_over = True
             raise WorkerLost(f"{self._where}: connection broke: {_reason(error)}") from None
-        if error is not None:
-            raise self._typed(error)
-        return result
+        except asyncio.CancelledError:
+            # grpc.aio ends a call whose reader is cancelled, and tells readers of a cancelled call in this way.
+            self._is_over = True
+            raise
+        return result, error
 
     def _typed(self, error: Any) -> KelpError:
         typed = from_message(str(error.message() or ""))
@@ -114,6 +153,7 @@ class GrpcWorkerStream:
         told = decode_message(WORKER_EVENT, event, self._where) if event else None
         ids = () if tokens is None else tuple(tokens.tolist())
         probs = () if log_probs is None else tuple(log_probs.tolist())
+        self._has_ended = isinstance(told, Finished)
         if len(ids) != len(probs):
             raise ProtocolError(f"{self._where}: {len(ids)} tokens with {len(probs)} log_probs")
         return WorkerOutput(ids, probs, told)
@@ -122,19 +162,6 @@ class GrpcWorkerStream:
 def _reason(error: Exception) -> str:
     details = getattr(error, "details", None)
     return str(details()) if callable(details) else str(error)
-
-
-async def _drain(responses: Any) -> None:
-    async def exhaust() -> None:
-        async for _ in responses:
-            pass
-
-    # grpc.aio reports a cancelled call by raising CancelledError into whoever reads it: read in a task of its own,
-    # so that it is never mistaken for a cancellation of the caller.
-    reading = asyncio.ensure_future(exhaust())
-    await asyncio.wait({reading}, timeout=_DRAIN_TIMEOUT_S)
-    if reading.done() and not reading.cancelled():
-        reading.exception()
 
 
 class GrpcWorkerClient:
@@ -147,11 +174,27 @@ class GrpcWorkerClient:
         self, address: WorkerAddress, command: GenerateCommand, prompt: npt.NDArray[np.int32]
     ) -> GrpcWorkerStream:
         """See `WorkerClient`."""
-        return self._stream(address, _inputs(command, prompt))
+
+        async def cancel() -> None:
+            with contextlib.suppress(KelpError, asyncio.TimeoutError):
+                await asyncio.wait_for(
+                    self._ask(address, CancelCommand(request_id=command.request_id)), _CANCEL_TIMEOUT_S
+                )
+
+        return self._stream(address, _inputs(command, prompt), cancel)
 
     async def control(self, address: WorkerAddress, command: DrainCommand | None) -> WorkerStatus:
         """See `WorkerClient`."""
-        stream = self._stream(address, _inputs(command or StatusCommand(), None))
+        return await self._ask(address, command or StatusCommand())
+
+    async def close(self) -> None:
+        """See `WorkerClient`."""
+        clients, self._clients = self._clients, {}
+        for client in clients.values():
+            await client.close()
+
+    async def _ask(self, address: WorkerAddress, command: Message) -> WorkerStatus:
+        stream = self._stream(address, _inputs(command, None))
         what = f"status of {address.endpoint}/{address.model_name}"
         try:
             async for result in stream.results():
@@ -161,15 +204,11 @@ class GrpcWorkerClient:
             await stream.close()
         raise ProtocolError(f"{what}: the answer has no status")
 
-    async def close(self) -> None:
-        """See `WorkerClient`."""
-        clients, self._clients = self._clients, {}
-        for client in clients.values():
-            await client.close()
-
-    def _stream(self, address: WorkerAddress, inputs: list[Any]) -> GrpcWorkerStream:
+    def _stream(
+        self, address: WorkerAddress, inputs: list[Any], cancel: Callable[[], Awaitable[None]] | None = None
+    ) -> GrpcWorkerStream:
         client = self._clients.get(address.endpoint)
         if client is None:
             client = triton.InferenceServerClient(address.endpoint, channel_args=_CHANNEL_OPTIONS)
             self._clients[address.endpoint] = client
-        return GrpcWorkerStream(client, address.model_name, inputs, address.endpoint)
+        return GrpcWorkerStream(client, address, inputs, cancel)
