@@ -20,6 +20,7 @@ from kelp.core.errors import ConfigError, KelpError
 from kelp.supervisor import doctor, preflight, serve
 from kelp.supervisor.model import prepare_model
 from kelp.supervisor.plan import ServeOptions
+from kelp.supervisor.ports import own_address
 from kelp.supervisor.scale import Fleet
 from kelp.supervisor.server import Launch
 from kelp.supervisor.triton import find_triton, link_python_backend
@@ -77,12 +78,16 @@ def _effective_config(
 
 
 def _for_run(config: KelpConfig, mode: Mode, num_workers: int, run_folder: Path, host: str) -> KelpConfig:
-    """The run's own registry, and what depends on the number of workers."""
+    """The run's own registry, and what depends on the number of workers and the address."""
+    defaults, address = KelpConfig(), own_address(host)
     changes: dict[str, dict[str, object]] = {
         "registry": {"path": run_folder / "registry"},
-        "server": {"workers_on_host": num_workers, "host": host},
-        "handoff": {"host": host},
+        "server": {"workers_on_host": num_workers},
     }
+    if config.server.host == defaults.server.host:
+        changes["server"]["host"] = address
+    if config.handoff.host == defaults.handoff.host:
+        changes["handoff"] = {"host": address}
     if mode is Mode.AGGREGATED:
         changes["router"] = {"disaggregation": "never"}
     groups = {name: getattr(config, name).model_copy(update=update) for name, update in changes.items()}
@@ -90,7 +95,7 @@ def _for_run(config: KelpConfig, mode: Mode, num_workers: int, run_folder: Path,
 
 
 def _ready_text(options: ServeOptions, mode: Mode) -> str:
-    base = f"http://{options.host}:{options.http_port}"
+    base = f"http://{own_address(options.host)}:{options.http_port}"
     ports = f"HTTP {options.http_port}   gRPC {options.grpc_port}   metrics {options.metrics_port}"
     return f"""
 kelp serves {options.config.model.path.name} ({mode.value}, {options.config.executor.dtype}) on {options.host}

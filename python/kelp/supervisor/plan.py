@@ -12,6 +12,7 @@ import yaml
 from kelp.core.config import KelpConfig
 from kelp.core.schema import worker_schema
 from kelp.core.schema_types import TensorSpec
+from kelp.supervisor.ports import own_address
 
 PortPicker = Callable[[str], int]
 """Returns an unused port of a host."""
@@ -73,8 +74,8 @@ class ServerSpec:
 
     @property
     def grpc_endpoint(self) -> str:
-        """`host:port` of the gRPC service."""
-        return f"{self.host}:{self.grpc_port}"
+        """`host:port` at which this host reaches the gRPC service."""
+        return f"{own_address(self.host)}:{self.grpc_port}"
 
 
 def worker_names(role: str, count: int) -> list[WorkerSpec]:
@@ -101,7 +102,11 @@ def plan_servers(options: ServeOptions, pick_port: PortPicker) -> list[ServerSpe
 
 
 def isolated_server(worker: WorkerSpec, host: str, pick_port: PortPicker) -> ServerSpec:
-    """A server for one worker alone: no crash takes a neighbour along."""
+    """A server for one worker alone: no crash takes a neighbour along.
+
+    It listens for processes of this host only; clients use the public one.
+    """
+    host = own_address(host)
     return ServerSpec(
         name=f"kelp-{worker.name}",
         host=host,

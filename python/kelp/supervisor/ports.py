@@ -9,6 +9,16 @@ import psutil
 
 from kelp.core.errors import ConfigError
 
+_WILDCARDS = ("0.0.0.0", "::", "")
+
+
+def own_address(host: str) -> str:
+    """Where processes of this host reach a server that listens on `host`; loopback for a wildcard.
+
+    What only kelp's own processes talk to binds it too, so that listening everywhere opens the public ports alone.
+    """
+    return "127.0.0.1" if host in _WILDCARDS else host
+
 
 def is_free(host: str, port: int) -> bool:
     """Whether a server could listen there now."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -151,3 +152,10 @@ def test_the_written_configuration_is_read_back_unchanged(tmp_path: Path) -> Non
     config = load_config({"executor.dtype": "float32", "handoff.lease_ttl_s": "2.5", "registry.path": str(tmp_path)})
     write_config(config, tmp_path / "kelp.yaml")
     assert load_config(path=tmp_path / "kelp.yaml") == config
+
+
+def test_listening_everywhere_opens_the_public_server_alone() -> None:
+    everywhere = replace(options(is_isolated=True), host="0.0.0.0")
+    servers = plan_servers(everywhere, lambda host: 9000)
+    assert [server.host for server in servers] == ["127.0.0.1"] * (len(servers) - 1) + ["0.0.0.0"]
+    assert servers[-1].grpc_endpoint.startswith("127.0.0.1:")
