@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
-from urllib.error import HTTPError
+from urllib.error import HTTPError, URLError
 
 import numpy as np
 import numpy.typing as npt
@@ -181,6 +181,18 @@ def http_post(url: str, body: Any) -> tuple[int, bytes]:
     except HTTPError as error:
         with error:
             return error.code, error.read()
+
+
+def http_get(url: str) -> tuple[int, bytes]:
+    """Status and body; status 0 while nobody listens."""
+    try:
+        with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as reply:
+            return reply.status, reply.read()
+    except HTTPError as error:
+        with error:
+            return error.code, error.read()
+    except URLError:
+        return 0, b""
 
 
 def sse_events(body: bytes) -> list[dict[str, Any]]:

@@ -207,7 +207,8 @@ class Executor(Protocol):
     def end_import(self, request_id: str) -> None:
         """After an abort or failure: no transfer writes into the reserved blocks any more; they may be freed.
 
-        Required once for each `Reserved` request that was aborted or failed before `complete_import` or `fail_import`.
+        Required once for each `Reserved` request that was aborted or failed before `complete_import` or `fail_import`;
+        ignored for others, because an abort may overtake the `Reserved` event.
         """
 
     def release_export(self, request_id: str) -> None:

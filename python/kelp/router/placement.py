@@ -26,6 +26,9 @@ class WorkersView(Protocol):
     def is_alive(self, worker_id: str, epoch: str) -> bool:
         """Whether this incarnation still renews its record."""
 
+    async def refresh(self) -> None:
+        """Look again, now."""
+
 
 @dataclass(frozen=True, slots=True)
 class Placement:
@@ -83,6 +86,10 @@ class Placer:
                 raise CapacityError("no prefill worker is ready that fits the decode worker's KV layout")
             return Placement(decode, None)
         return Placement(decode, self._choose(self._prefill_policy, prefills, request, avoid))
+
+    async def look_again(self) -> None:
+        """For a request that found no worker: one may have come since."""
+        await self._view.refresh()
 
     @contextmanager
     def counting(self, placement: Placement) -> Iterator[None]:

@@ -23,7 +23,7 @@ from kelp.core.request_limits import RequestLimits
 from kelp.core.types import FinishReason
 from kelp.router.attempt import Attempt, AttemptParts
 from kelp.router.job import Job
-from kelp.router.placement import Placer, WorkerKey, key_of
+from kelp.router.placement import Placement, Placer, WorkerKey, key_of
 from kelp.router.relay import Detokenizer, End, NewTokens, Relay, RelayItem, RelayOptions, StopMatcher
 from kelp.router.summary import observe, summary_tensors
 
@@ -192,11 +192,7 @@ class Conversation:
             lane.put(NewTokens(output.token_ids, output.log_probs))
 
         for num_attempt in range(1, _MAX_ATTEMPTS + 1):
-            placement = self._parts.placer.place(
-                self._job.routing(),
-                frozenset(self._failed),
-                self._num_handoff_failures <= self._config.max_prefill_retries,
-            )
+            placement = await self._place()
             self._job.worker_ids = placement.worker_ids
             attempt = Attempt(self._parts.attempts, self._job, placement, relay)
             try:
@@ -211,6 +207,15 @@ class Conversation:
                 if ended is not None:
                     return ended
         raise WorkerLost("no attempt was made")
+
+    async def _place(self) -> Placement:
+        routing, avoid = self._job.routing(), frozenset(self._failed)
+        allow_prefill = self._num_handoff_failures <= self._config.max_prefill_retries
+        try:
+            return self._parts.placer.place(routing, avoid, allow_prefill)
+        except CapacityError:
+            await self._parts.placer.look_again()
+            return self._parts.placer.place(routing, avoid, allow_prefill)
 
     def _note_failure(self, attempt: Attempt, error: KelpError) -> None:
         if error.is_retryable:

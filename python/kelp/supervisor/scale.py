@@ -6,6 +6,7 @@ import asyncio
 import re
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from kelp.client.base import WorkerAddress
@@ -39,13 +40,11 @@ class Fleet:
 
     def workers(self, role: str) -> list[WorkerSpec]:
         """Workers of a role that run now, in order of their numbers."""
-        if self._run is not None and self._run.is_isolated:
-            return worker_names(role, self._run.num_prefill if role == "prefill" else self._run.num_decode)
         pattern = re.compile(rf"{role}(?:_(\d+))?")
         found = [
-            (int(match.group(1) or 0), name)
-            for name, state in self._control.states().items()
-            if state.startswith("READY") and (match := pattern.fullmatch(name))
+            (int(match.group(1) or 0), record.model_name)
+            for record in self._records()
+            if (match := pattern.fullmatch(record.model_name))
         ]
         return [WorkerSpec(name, role) for _, name in sorted(found)]
 
@@ -68,8 +67,11 @@ class Fleet:
             self._tell_supervisor(role, count)
         else:
             self._load_and_unload(added, removed)
+        for worker in removed:
+            self._wait_for(partial(self._is_gone, worker.name), f"{worker.name} to be gone")
+            self._say(f"{worker.name} is gone")
         for worker in added:
-            self._wait_registered(worker.name)
+            self._wait_for(partial(self._is_ready, worker.name), f"{worker.name} to register")
             self._say(f"{worker.name} serves")
 
     def drain(self, name: str, timeout_s: float) -> WorkerStatus:
@@ -86,7 +88,6 @@ class Fleet:
     def _load_and_unload(self, added: list[WorkerSpec], removed: list[WorkerSpec]) -> None:
         for worker in removed:
             self._control.unload(worker.name)
-            self._say(f"unloaded {worker.name}")
         for worker in added:
             self._say(f"loading {worker.name}")
             self._control.load(worker.name, None if worker.is_on_disk else worker_model_config(worker))
@@ -97,19 +98,25 @@ class Fleet:
         num_decode = count if role == "decode" else self._run.num_decode
         wanted = run_state.WantedWorkers(num_prefill=num_prefill, num_decode=num_decode)
         run_state.write_wanted(self._run.run_folder, wanted)
-        deadline_s = time.monotonic() + _START_TIMEOUT_S
-        while run_state.read_wanted(self._run.run_folder) is not None and time.monotonic() < deadline_s:
-            time.sleep(_POLL_S)
+        folder = self._run.run_folder
+        self._wait_for(lambda: run_state.read_wanted(folder) is None, "kelp serve to take notice")
         now = run_state.read_state(self._port)
         if now is None or (now.num_prefill, now.num_decode) != (num_prefill, num_decode):
             raise ConfigError(f"{role}={count}: kelp serve did not get there; its output and logs say why")
 
-    def _wait_registered(self, name: str) -> None:
+    def _wait_for(self, is_done: Callable[[], bool], what: str) -> None:
         deadline_s = time.monotonic() + _START_TIMEOUT_S
-        while (record := self._record(name)) is None or record.state is not WorkerState.READY:
+        while not is_done():
             if time.monotonic() > deadline_s:
-                raise ConfigError(f"worker {name}: not registered after {_START_TIMEOUT_S:.0f} s")
+                raise ConfigError(f"waited {_START_TIMEOUT_S:.0f} s in vain for {what}")
             time.sleep(_POLL_S)
+
+    def _is_gone(self, name: str) -> bool:
+        return self._record(name) is None
+
+    def _is_ready(self, name: str) -> bool:
+        record = self._record(name)
+        return record is not None and record.state is WorkerState.READY
 
     def _record(self, name: str) -> WorkerRecord | None:
         return next((record for record in self._records() if record.model_name == name), None)

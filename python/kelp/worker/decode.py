@@ -76,18 +76,22 @@ class DecodeRun:
         )
 
     async def _let_go(self, request_id: str) -> None:
-        if self._fetch is None or self._is_imported:
+        if self._is_imported:
+            return
+        if self._fetch is None:
+            # The executor may have reserved blocks already: the cancellation can be faster than its event.
+            self._executor.end_import(request_id)
             return
         self._fetch.cancel()
+        # A task of its own, because this one may be cancelled once more while the READs are being stopped.
+        returning = asyncio.ensure_future(self._return_blocks(self._fetch, request_id))
+        self._quarantined.add(returning)
+        returning.add_done_callback(self._quarantined.discard)
         await asyncio.wait({self._fetch})
-        error = None if self._fetch.cancelled() else self._fetch.exception()
-        if isinstance(error, QuarantinedTransferError):
-            waiting = asyncio.ensure_future(self._end_import_later(error, request_id))
-            self._quarantined.add(waiting)
-            waiting.add_done_callback(self._quarantined.discard)
-        else:
-            self._executor.end_import(request_id)
 
-    async def _end_import_later(self, error: QuarantinedTransferError, request_id: str) -> None:
-        await error.quarantine_released()
+    async def _return_blocks(self, fetch: asyncio.Task[FetchResult], request_id: str) -> None:
+        await asyncio.wait({fetch})
+        error = None if fetch.cancelled() else fetch.exception()
+        if isinstance(error, QuarantinedTransferError):
+            await error.quarantine_released()
         self._executor.end_import(request_id)

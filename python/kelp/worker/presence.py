@@ -22,7 +22,7 @@ class Presence:
         self._describe = describe
         self._heartbeat_s = heartbeat_s
         self._is_reachable = True
-        self._publishing = asyncio.Lock()
+        self._writing = asyncio.Lock()
 
     async def run(self) -> None:
         """Publish for ever; cancel to stop."""
@@ -31,25 +31,30 @@ class Presence:
             await asyncio.sleep(self._heartbeat_s)
 
     async def publish(self) -> None:
-        """Publish the present state; a cancelled call is carried out, so that `withdraw` can have the last word."""
-        await asyncio.shield(asyncio.ensure_future(self._publish()))
+        """Publish the present state."""
+        try:
+            await self._write(self._registry.publish, self._describe())
+        except OSError as error:
+            if self._is_reachable:
+                _log.warning("registry unreachable, will retry: %s", error)
+            self._is_reachable = False
+            return
+        self._is_reachable = True
 
     async def withdraw(self) -> None:
         """Leave the registry."""
         record = self._describe()
-        async with self._publishing:
-            try:
-                await asyncio.to_thread(self._registry.withdraw, record.worker_id, record.epoch)
-            except OSError as error:
-                _log.warning("record %s not withdrawn, it expires: %s", record.worker_id, error)
+        try:
+            await self._write(self._registry.withdraw, record.worker_id, record.epoch)
+        except OSError as error:
+            _log.warning("record %s not withdrawn, it expires: %s", record.worker_id, error)
 
-    async def _publish(self) -> None:
-        async with self._publishing:
+    async def _write(self, write: Callable[..., None], *arguments: object) -> None:
+        """One write at a time, and to its end: cancelled half-way, a late renewal would undo the withdrawal."""
+        async with self._writing:
+            in_thread = asyncio.ensure_future(asyncio.to_thread(write, *arguments))
             try:
-                await asyncio.to_thread(self._registry.publish, self._describe())
-            except OSError as error:
-                if self._is_reachable:
-                    _log.warning("registry unreachable, will retry: %s", error)
-                self._is_reachable = False
-                return
-            self._is_reachable = True
+                await asyncio.shield(in_thread)
+            except asyncio.CancelledError:
+                await asyncio.wait({in_thread})
+                raise

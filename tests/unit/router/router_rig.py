@@ -116,6 +116,7 @@ class FakeWorkers:
     def __init__(self, *records: WorkerRecord) -> None:
         self.records = list(records)
         self.dead: set[str] = set()
+        self.arriving: list[WorkerRecord] = []
         self.streams: list[FakeStream] = []
 
     def generate(self, address: WorkerAddress, command: GenerateCommand, prompt: npt.NDArray[np.int32]) -> FakeStream:
@@ -131,6 +132,9 @@ class FakeWorkers:
 
     def ready(self) -> list[WorkerRecord]:
         return self.records
+
+    async def refresh(self) -> None:
+        self.records, self.arriving = [*self.records, *self.arriving], []
 
     def is_alive(self, worker_id: str, epoch: str) -> bool:
         names = {(known.worker_id, known.epoch): known.model_name for known in self.records}

@@ -183,6 +183,18 @@ def test_when_every_worker_is_full_the_client_hears_so() -> None:
     run(scene)
 
 
+def test_a_request_that_finds_no_worker_looks_again_before_it_is_refused() -> None:
+    async def scene() -> None:
+        async with open_router() as rig:
+            rig.workers.arriving.append(record("decode"))
+            exchange, request = rig.ask()
+            (await rig.workers.stream(0)).finish(FinishReason.LENGTH, *tokens("a"))
+            await request
+            assert exchange.text == "a"
+
+    run(scene)
+
+
 def test_without_a_decode_worker_the_request_is_refused_as_overload() -> None:
     async def scene() -> None:
         async with open_router(prefill_record()) as rig:

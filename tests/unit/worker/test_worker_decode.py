@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator
+import threading
 
 import pytest
-from worker_rig import WorkerRig, completed, last, open_worker, reserved, token
+from decode_rig import Pair, open_pair
+from worker_rig import completed, last, open_worker, reserved, token
 
 from kelp.core.errors import (
     DeadlineExceeded,
@@ -21,49 +21,7 @@ from kelp.core.errors import (
 from kelp.core.messages import Rendezvous
 from kelp.core.types import BlockId, FinishReason, Role
 from kelp.executor.base import Failed
-from kelp.kv.handoff import Offer
-from support.exchange import FakeExchange
 from support.waiting import until
-
-
-class Pair:
-    """A decode worker and a prefill worker of which only the handoff side is used."""
-
-    def __init__(self, decode: WorkerRig, prefill: WorkerRig) -> None:
-        self.decode = decode
-        self.prefill = prefill
-        self.released: list[str] = []
-
-    def offer(self, is_finished: bool = True) -> Offer:
-        """The prompt's KV in the prefill worker's blocks 3 (33) and 5 (55); first token 7."""
-        self.prefill.executor.pool[3], self.prefill.executor.pool[5] = 33, 55
-        offer = self.prefill.handoffs.offer("h", lambda: self.released.append("h"))
-        offer.announce(4, [BlockId(3)])
-        if is_finished:
-            offer.announce(8, [BlockId(5)])
-            offer.finish(7, -0.5)
-        return offer
-
-    async def start(self, *blocks: int, **fields: object) -> tuple[FakeExchange, asyncio.Task[None]]:
-        """A request whose prompt got `blocks`; none: still in the queue."""
-        exchange, task = await self.decode.generate(Role.DECODE, self.prefill.rendezvous(), **fields)
-        if blocks:
-            self.decode.executor.emit(reserved(*blocks))
-        return exchange, task
-
-    def arrived(self, *blocks: int) -> list[int]:
-        return [int(self.decode.executor.pool[block][0]) for block in blocks]
-
-    async def asked(self, *names: str) -> None:
-        """Wait until the executor was asked for `names`, then check that it was asked for nothing else."""
-        await until(lambda: len(self.decode.executor.calls) >= len(names), f"{names}")
-        assert sorted(self.decode.executor.names()) == sorted(names)
-
-
-@contextlib.asynccontextmanager
-async def open_pair(**handoff: float) -> AsyncIterator[Pair]:
-    async with open_worker(Role.DECODE, **handoff) as decode, open_worker(Role.PREFILL) as prefill:
-        yield Pair(decode, prefill)
 
 
 def test_the_kv_arrives_before_decoding_goes_on_from_the_first_token() -> None:
@@ -109,14 +67,33 @@ def test_a_decode_worker_may_come_before_the_prefill_worker_has_begun() -> None:
     asyncio.run(scene())
 
 
-def test_a_router_that_goes_before_blocks_were_reserved_needs_no_end_of_import() -> None:
+def test_a_router_that_goes_before_blocks_were_seen_to_be_reserved_ends_the_import_all_the_same() -> None:
     async def scene() -> None:
         async with open_pair() as pair:
             exchange, task = await pair.start()
             exchange.cancel()
             with pytest.raises(RequestCancelled):
                 await task
-            await pair.asked("abort")
+            await pair.asked("abort", "end_import")
+            assert pair.decode.executor.names() == ["abort", "end_import"], "the executor may have reserved meanwhile"
+
+    asyncio.run(scene())
+
+
+def test_a_request_that_is_cancelled_again_while_its_reads_are_stopped_gives_its_blocks_back() -> None:
+    async def scene() -> None:
+        async with open_pair() as pair:
+            stalled = pair.decode.faults.stall(0)
+            pair.offer()
+            _, task = await pair.start(1, 2)
+            await until(stalled.is_posted.is_set, "a READ in flight")
+            for _ in range(3):
+                task.cancel()
+                await asyncio.sleep(0.01)
+            assert "end_import" not in pair.decode.executor.names(), "given back while a READ may write"
+            stalled.resume()
+            await pair.asked("abort", "end_import")
+            await asyncio.gather(task, return_exceptions=True)
 
     asyncio.run(scene())
 
@@ -165,6 +142,26 @@ def test_blocks_that_a_read_still_writes_into_wait_for_the_peer_to_be_disconnect
             await pair.asked("abort", "end_import")
             stalled.resume()
             assert pair.arrived(1) == [0], "a READ wrote into blocks that had been given back"
+
+    asyncio.run(scene())
+
+
+def test_blocks_stay_out_of_use_as_long_as_a_peer_cannot_be_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kelp.kv.handoff.fetch._DISCONNECT_TIMEOUT_S", 0.01)
+
+    async def scene() -> None:
+        async with open_pair(transfer_timeout_s=0.02) as pair:
+            is_stuck, disconnect = threading.Event(), pair.decode.agent.disconnect
+            monkeypatch.setattr(pair.decode.agent, "disconnect", lambda peer: (is_stuck.wait(10.0), disconnect(peer)))
+            pair.decode.faults.stall(0)
+            pair.offer()
+            _, task = await pair.start(1, 2)
+            with pytest.raises(KelpError, match="cannot be stopped"):
+                await task
+            await asyncio.sleep(0.02)
+            assert pair.decode.executor.names() == ["abort"], "given back while a READ may still write"
+            is_stuck.set()
+            await pair.asked("abort", "end_import")
 
     asyncio.run(scene())
 

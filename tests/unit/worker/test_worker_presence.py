@@ -198,9 +198,10 @@ def test_a_worker_that_leaves_is_not_brought_back_by_a_heartbeat_under_way(recor
         await until(registry.is_publishing.is_set, "a heartbeat under way")
         running.cancel()
         leaving = asyncio.ensure_future(presence.withdraw())
-        await asyncio.gather(running, return_exceptions=True)
+        await asyncio.sleep(0.01)
+        assert registry.log == [], "the withdrawal overtook the heartbeat"
         registry.may_publish.set()
-        await leaving
+        await asyncio.gather(running, leaving, return_exceptions=True)
         assert registry.log == ["ready", "withdrawn"]
 
     asyncio.run(scene())

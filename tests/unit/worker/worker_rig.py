@@ -154,6 +154,7 @@ class WorkerRig:
     reader: HandoffReader
     faults: ReadFaults
     metrics: Metrics
+    agent: LocalAgent
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
     @property
@@ -253,7 +254,7 @@ async def open_worker(
     parts = WorkerParts(executor, handoffs, reader, agent, registry, clock, metrics)
     service = WorkerService(WorkerIdentity(role.value, role, "host:1", "epoch"), parts, config)
     await service.start()
-    rig = WorkerRig(service, executor, registry, handoffs, reader, faults, metrics)
+    rig = WorkerRig(service, executor, registry, handoffs, reader, faults, metrics, agent)
     try:
         yield rig
     finally:

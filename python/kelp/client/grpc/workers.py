@@ -41,7 +41,11 @@ _CHANNEL_OPTIONS = [
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
 ]
+"""The back-off is short because a restarted worker listens at the same address; gRPC's own grows to two minutes."""
+
 _CANCEL_TIMEOUT_S = 1.0
 _DRAIN_TIMEOUT_S = 4.0
 

@@ -1,0 +1,93 @@
+"""More and fewer workers on a live server, without losing a request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from support.serving import KelpServer, run_cli
+from support.waiting import wait_until
+
+PROMPT = {"text_input": "One day the old lighthouse keeper", "max_tokens": 64, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def scaled_server() -> Iterator[KelpServer]:
+    with KelpServer(num_blocks=256).start() as server:
+        yield server
+
+
+def scale(server: KelpServer, target: str) -> None:
+    done = run_cli("scale", target, "--grpc-port", str(server.grpc_port), timeout_s=200)
+    assert done.returncode == 0, done.stderr + server.output
+
+
+def decode_workers_of_eight_requests(server: KelpServer) -> set[str]:
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: server.ask(**PROMPT, stream=True), range(8)))
+    assert len({tuple(answer.token_ids) for answer in answers}) == 1
+    return {answer.last.worker_ids[-1].rpartition("/")[2] for answer in answers}
+
+
+def test_traffic_reaches_an_added_worker_and_a_removed_one_drains_first(scaled_server: KelpServer) -> None:
+    check_up_and_down(scaled_server)
+
+
+def test_the_isolated_layout_scales_by_whole_servers() -> None:
+    with KelpServer(isolate=True, num_blocks=256).start() as server:
+        num_before = len(server.tritonservers())
+        check_up_and_down(server)
+        assert len(server.tritonservers()) == num_before
+
+
+def check_up_and_down(scaled_server: KelpServer) -> None:
+    undisturbed = scaled_server.ask(**PROMPT)
+    assert set(scaled_server.records()) == {"prefill", "decode"}
+
+    scale(scaled_server, "decode=2")
+    both = {"decode", "decode_1"}
+    wait_until(lambda: decode_workers_of_eight_requests(scaled_server) == both, "traffic on both", 60.0)
+
+    with ThreadPoolExecutor(8) as pool:
+        streams = [pool.submit(scaled_server.ask, **PROMPT, stream=True) for _ in range(8)]
+        scale(scaled_server, "decode=1")
+        answers = [stream.result() for stream in streams]
+    assert {tuple(answer.token_ids) for answer in answers} == {tuple(undisturbed.token_ids)}
+    assert set(scaled_server.records()) == {"prefill", "decode"}
+    assert decode_workers_of_eight_requests(scaled_server) == {"decode"}
+    scaled_server.wait_quiet()
+
+
+def test_further_prefill_workers_can_come_and_all_can_go(scaled_server: KelpServer) -> None:
+    scale(scaled_server, "prefill=2")
+    assert set(scaled_server.records()) == {"prefill", "prefill_1", "decode"}
+    scale(scaled_server, "prefill=0")
+    assert set(scaled_server.records()) == {"decode"}
+    assert decode_workers_of_eight_requests(scaled_server) == {"decode"}
+    scale(scaled_server, "prefill=1")
+    assert len(scaled_server.ask(**PROMPT).last.worker_ids) == 2
+
+
+@pytest.mark.parametrize("target", ["decode=0", "encode=2", "decode", "decode=two"])
+def test_a_target_that_makes_no_sense_is_refused_in_one_line(scaled_server: KelpServer, target: str) -> None:
+    done = run_cli("scale", target, "--grpc-port", str(scaled_server.grpc_port))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_draining_an_unknown_worker_names_the_running_ones(scaled_server: KelpServer) -> None:
+    done = run_cli("drain", "decode_7", "--grpc-port", str(scaled_server.grpc_port))
+    assert done.returncode == 2
+    assert "decode_7" in done.stderr
+    assert "prefill" in done.stderr
+
+
+def test_a_drained_worker_gets_no_more_requests(scaled_server: KelpServer) -> None:
+    scale(scaled_server, "decode=2")
+    done = run_cli("drain", "decode_1", "--grpc-port", str(scaled_server.grpc_port))
+    assert done.returncode == 0, done.stderr
+    assert "decode_1: draining, 0 requests, 0 leases" in done.stdout
+    assert decode_workers_of_eight_requests(scaled_server) == {"decode"}
