@@ -40,10 +40,12 @@ class MetricsExporter:
                 self._flush()
             self._flush()
         except pb_utils.TritonModelException as error:
-            _log.warning("metrics not exported: %s", error)
+            _log.warning("metrics are no longer exported: %s", error)
         # A Metric that lives until the interpreter ends calls a stub that is gone by then, and crashes.
         self._series.clear()
         self._families.clear()
+        while not self._stopping.wait(self._period_s):
+            self._metrics.take()
 
     def _flush(self) -> None:
         counters, gauges, observations = self._metrics.take()

@@ -1,0 +1,65 @@
+"""Stubs that die in the compact layout, where Triton never restarts them: the rest serves on.
+
+The tests of this file share one server and leave it with fewer workers each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from fault_scenes import require_server
+from kill_scenes import (
+    FLEET_SETTINGS,
+    check_serving,
+    decoding,
+    disturb_decoding,
+    disturb_prefilling,
+    prefilling,
+    wait_forgotten,
+)
+
+from support.llm_client import ServedError
+from support.serving import KelpServer
+
+
+@pytest.fixture(scope="module")
+def fleet() -> Iterator[KelpServer]:
+    """One prefill and two decode workers in one tritonserver."""
+    require_server()
+    with KelpServer(num_blocks=128, settings=FLEET_SETTINGS, arguments=("--decode", "2")).start() as server:
+        yield server
+
+
+def test_a_decode_worker_killed_while_decoding_costs_no_token(fleet: KelpServer) -> None:
+    expected = decoding(fleet).undisturbed()
+    killed: list[str] = []
+
+    def kill(worker: str) -> None:
+        killed.append(worker)
+        fleet.stub(worker).kill()
+
+    answer = disturb_decoding(fleet, kill)
+    assert answer.token_ids == expected.token_ids
+    assert answer.text == expected.text
+    assert not answer.last.worker_ids[-1].endswith(f"/{killed[0]}")
+    wait_forgotten(fleet, killed[0])
+    check_serving(fleet)
+
+
+def test_a_prefill_worker_killed_while_prefilling_is_replaced_by_aggregated_serving(fleet: KelpServer) -> None:
+    expected = prefilling(fleet).undisturbed()
+    assert expected.last.worker_ids[0].endswith("/prefill")
+    answer = disturb_prefilling(fleet, lambda worker: fleet.stub(worker).kill())
+    assert answer.token_ids == expected.token_ids
+    assert len(answer.last.worker_ids) == 1
+    wait_forgotten(fleet, "prefill")
+    assert len(check_serving(fleet).last.worker_ids) == 1
+
+
+def test_when_no_worker_is_left_the_client_hears_so_before_its_deadline(fleet: KelpServer) -> None:
+    for worker in [name for name in fleet.records() if name != "prefill"]:
+        fleet.stub(worker).kill()
+    with pytest.raises(ServedError) as raised:
+        fleet.ask(**{"text_input": "Is anybody there?", "deadline_ms": 60_000})
+    assert raised.value.code in ("WORKER_LOST", "OVERLOADED")
