@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 from kelp.client.grpc import TritonControl
-from kelp.core.errors import ConfigError
+from kelp.core.errors import ConfigError, KelpError
 from kelp.supervisor import shm
 from kelp.supervisor.plan import ServerSpec, worker_model_config
 
@@ -126,12 +126,13 @@ class TritonServer:
         shm.sweep(shm_prefix(self.spec))
 
     def _family(self) -> list[psutil.Process]:
+        """Server and stubs, also stubs whose server has died before them."""
         assert self._process is not None
-        try:
+        family = stubs_of(shm_prefix(self.spec))
+        with contextlib.suppress(psutil.NoSuchProcess):
             server = psutil.Process(self._process.pid)
-            return [*server.children(recursive=True), server]
-        except psutil.NoSuchProcess:
-            return orphaned_stubs(shm_prefix(self.spec))
+            family += [server, *server.children(recursive=True)]
+        return family
 
     def _wait_model(self, control: TritonControl, name: str, deadline_s: float) -> None:
         def is_ready() -> bool:
@@ -150,7 +151,7 @@ class TritonServer:
             time.sleep(_POLL_S)
 
     def _state(self, control: TritonControl, name: str) -> str:
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(KelpError):
             return control.states().get(name, "")
         return ""
 
@@ -170,13 +171,13 @@ def _first_line(text: str) -> str:
     return (found or text.splitlines())[0].strip()[:500]
 
 
-def orphaned_stubs(prefix: str) -> list[psutil.Process]:
-    """Stubs that outlived their server, recognised by the shared-memory prefix on their command line."""
-    orphans = []
+def stubs_of(prefix: str) -> list[psutil.Process]:
+    """A server's stubs, recognised by the shared-memory prefix on their command line."""
+    stubs = []
     for process in psutil.process_iter(["cmdline"]):
         arguments = process.info["cmdline"] or []
         if any("triton_python_backend_stub" in argument for argument in arguments[:1]) and any(
             prefix in argument for argument in arguments
         ):
-            orphans.append(process)
-    return orphans
+            stubs.append(process)
+    return stubs
