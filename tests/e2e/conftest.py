@@ -40,7 +40,7 @@ def _expected(dtype_name: str) -> dict[str, Expected]:
 
     from support.serving import MODEL
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # more only fight over a busy machine: measured 4 times slower
     model = HuggingFace(MODEL, getattr(torch, dtype_name))
     return {name: model.generate(prompt, MAX_TOKENS) for name, prompt in PROMPTS.items()}
 

@@ -70,6 +70,18 @@ def test_further_prefill_workers_can_come_and_all_can_go(scaled_server: KelpServ
     assert len(scaled_server.ask(**PROMPT).last.worker_ids) == 2
 
 
+def test_a_worker_whose_requests_were_cancelled_can_still_be_unloaded(scaled_server: KelpServer) -> None:
+    # Triton 2.51 keeps a reference to a model for ever when a cancelled gRPC call meets a response on its way.
+    scale(scaled_server, "decode=2")
+    worker = scaled_server.stub("decode_1")
+    for _ in range(60):
+        with scaled_server.open(**PROMPT) as call:
+            assert call.next().token_ids
+    scaled_server.wait_quiet()
+    scale(scaled_server, "decode=1")
+    wait_until(lambda: not worker.is_running(), "the end of decode_1's process")
+
+
 @pytest.mark.parametrize("target", ["decode=0", "encode=2", "decode", "decode=two"])
 def test_a_target_that_makes_no_sense_is_refused_in_one_line(scaled_server: KelpServer, target: str) -> None:
     done = run_cli("scale", target, "--grpc-port", str(scaled_server.grpc_port))
