@@ -1,0 +1,8 @@
+"""The suites that exist."""
+
+from __future__ import annotations
+
+from perf.suite import Suite
+from perf.suites import serve
+
+SUITES: dict[str, Suite] = {suite.name: suite for suite in (serve.SUITE,)}
