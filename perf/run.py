@@ -27,15 +27,16 @@ def run_suite(suite: Suite, reporter: Reporter, is_long: bool) -> bool:
     Returns:
         Whether every required row was measured.
     """
-    trouble = ""
+    trouble = "the run was interrupted"
     try:
         suite.run(reporter, is_long)
+        trouble = "the suite ended before this was measured"
     except BenchError as error:
         trouble = str(error)
-    for required in suite.required:
-        if trouble:
+    finally:
+        for required in suite.required:
             reporter.explain(required.case, trouble)
-    reporter.add_missing()
+        reporter.add_missing()
     return not reporter.unmeasured()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from perf.serving.deployment import Deployment
@@ -100,12 +100,13 @@ class Contest:
         self._reference = reference
         self._reference_trouble = reference_trouble
 
-    def run(self, level: Level) -> LevelResult:
+    def run(self, level: Level, say: Callable[[str], None]) -> LevelResult:
         """Warm everybody up, then let them take turns."""
         samples = {item.mode: Samples(item) for item in self._deployments}
         result = LevelResult(level, samples, reference_trouble=self._reference_trouble)
         before = {mode: _start(item, level) for mode, item in samples.items()}
         for number in range(level.num_rounds):
+            say(f"({level.name}: round {number + 1} of {level.num_rounds})")
             prompts = level.prompts(number)
             turns = [*samples.values(), None]
             # Rotating the order keeps what one contestant leaves behind (heat, caches) from always hitting the same.
@@ -122,8 +123,10 @@ class Contest:
     def _reference_round(self, level: Level, prompts: tuple[str, ...], result: LevelResult) -> None:
         if self._reference is None or result.reference_trouble:
             return
+        # One batch a round is enough: a static batch has no ramp-up or ramp-down to average over.
+        batch = Batches(prompts[: level.concurrency], level.concurrency, OUTPUT_TOKENS)
         try:
-            tokens_per_s = self._reference.tokens_per_s(Batches(prompts, level.concurrency, OUTPUT_TOKENS))
+            tokens_per_s = self._reference.tokens_per_s(batch)
         except BenchError as error:
             result.reference_trouble = self._reference_trouble = str(error)
         else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import select
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from perf.machine import REPOSITORY
 from perf.suite import BenchError
 
 NAME = "transformers generate"
+_TIMEOUT_S = 200.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,7 @@ class TransformersReference:
         """Wait for the weights.
 
         Raises:
-            BenchError: The child died; quotes its last words.
+            BenchError: The child died, quoting its last words, or is silent for too long.
         """
         self._read()
 
@@ -52,7 +54,7 @@ class TransformersReference:
         """Generate and measure.
 
         Raises:
-            BenchError: The child died; quotes its last words.
+            BenchError: The child died, quoting its last words, or is silent for too long.
         """
         assert self._process.stdin is not None
         try:
@@ -64,6 +66,10 @@ class TransformersReference:
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
+        # One answer is in flight at a time, so nothing readable ever hides in the buffer of the pipe.
+        readable, _, _ = select.select([self._process.stdout], [], [], _TIMEOUT_S)
+        if not readable:
+            raise BenchError(f"{NAME}: silent for {_TIMEOUT_S:.0f} s")
         line = self._process.stdout.readline()
         if not line:
             raise BenchError(self._last_words())

@@ -118,7 +118,7 @@ def run(reporter: Reporter, is_long: bool) -> None:
             contest = Contest(servers, None, str(error))
         for concurrency, num_requests in _LEVEL_SIZES:
             level = Level(concurrency, num_requests, _NUM_ROUNDS_LONG if is_long else _NUM_ROUNDS)
-            for measurement in rows_of(contest.run(level)):
+            for measurement in rows_of(contest.run(level, reporter.say)):
                 reporter.add(measurement)
 
 

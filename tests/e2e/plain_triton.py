@@ -5,12 +5,11 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from types import TracebackType
 
 from support.llm_client import http_get
-from support.serving import HOST, clean_environment, free_ports
+from support.serving import HOST, clean_environment, free_ports, new_log
 from support.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,7 +23,7 @@ class PlainTriton:
 
     def __init__(self) -> None:
         self.http_port, self.grpc_port, metrics_port = free_ports(3)
-        self._log = Path(tempfile.mkstemp(prefix="plain-triton-", suffix=".log")[1])
+        self._log = new_log("plain-triton-")
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [

@@ -67,7 +67,7 @@ def test_further_prefill_workers_can_come_and_all_can_go(scaled_server: KelpServ
     assert set(scaled_server.records()) == {"decode"}
     assert decode_workers_of_eight_requests(scaled_server) == {"decode"}
     scale(scaled_server, "prefill=1")
-    assert len(scaled_server.ask(**PROMPT).last.worker_ids) == 2
+    wait_until(lambda: len(scaled_server.ask(**PROMPT).last.worker_ids) == 2, "the router to see it")
 
 
 def test_a_worker_whose_requests_were_cancelled_can_still_be_unloaded(scaled_server: KelpServer) -> None:

@@ -69,6 +69,12 @@ def free_ports(count: int) -> list[int]:
         return [int(probe.getsockname()[1]) for probe in probes]
 
 
+def new_log(prefix: str) -> Path:
+    """An empty file for a process's output."""
+    with tempfile.NamedTemporaryFile(prefix=prefix, suffix=".log", delete=False) as file:
+        return Path(file.name)
+
+
 def shm_regions(grpc_port: int) -> list[str]:
     """Triton's shared-memory regions of one server."""
     return sorted(path.name for path in Path("/dev/shm").glob(f"kelp_{os.getuid()}_{grpc_port}_*"))
@@ -109,7 +115,7 @@ class KelpServer:
             *arguments,
         ]
         self._process: subprocess.Popen[bytes] | None = None
-        self._output_path = Path(tempfile.mkstemp(prefix="kelp-serve-", suffix=".log")[1])
+        self._output_path = new_log("kelp-serve-")
         self.run_folder = Path()
 
     def start(self) -> KelpServer:
@@ -236,8 +242,9 @@ class KelpServer:
         try:
             code = self._process.wait(CLEAN_STOP_S)
         except subprocess.TimeoutExpired:
+            output = self.output
             self.kill()
-            raise AssertionError(f"still running {CLEAN_STOP_S:.0f} s after SIGTERM: {self.output}") from None
+            raise AssertionError(f"still running {CLEAN_STOP_S:.0f} s after SIGTERM: {output}") from None
         output = self.output
         self._output_path.unlink()
         assert code == 0, output
@@ -260,6 +267,7 @@ class KelpServer:
             for region in shm_regions(port):
                 (Path("/dev/shm") / region).unlink(missing_ok=True)
         run_state.remove_state(self.grpc_port)
+        self._output_path.unlink(missing_ok=True)
 
 
 def run_cli(*arguments: str, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:

@@ -161,3 +161,12 @@ def test_an_unknown_suite_is_one_line_that_names_the_known_ones(capsys: pytest.C
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "'nonsense'" in error and "serve" in error
+
+
+def test_an_interrupted_suite_still_writes_every_required_row(bench: Bench):
+    def action(reporter: Reporter, is_long: bool) -> None:
+        raise SystemExit(143)
+
+    with pytest.raises(SystemExit):
+        run_suite(suite_of(bench, action), bench.reporter, is_long=False)
+    assert [row["reason"] for row in bench.rows()] == ["the run was interrupted"] * 2
