@@ -25,7 +25,7 @@ from perf.serving.transformers_reference import TransformersReference
 from perf.stats import median, paired_ratio
 from perf.suite import BenchError, Suite
 
-_LEVEL_SIZES = ((1, 4), (8, 16), (32, 48))
+_LEVEL_SIZES = ((1, 2), (8, 8), (32, 32))
 """Concurrency and requests per round."""
 
 _NUM_ROUNDS = 5
