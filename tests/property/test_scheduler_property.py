@@ -64,7 +64,7 @@ class HistoryRunner:
             for offset, token in enumerate(chunk.tokens):
                 block, slot = divmod(chunk.start + offset, BLOCK_SIZE)
                 self.memory[chunk.block_ids[block], slot] = token
-        return [Sampled(next_token(self.read(chunk)), -1.0) for chunk in chunks if chunk.sample is not None]
+        return [Sampled(next_token(self.read(chunk)), -1.0) for chunk in chunks for _ in chunk.samples]
 
     def read(self, chunk: Chunk) -> list[int]:
         return self.memory[list(chunk.block_ids)].ravel()[: chunk.start + len(chunk.tokens)].tolist()

@@ -108,6 +108,8 @@ class RouterConfig(_Group):
     """Refuse larger prompts before looking at them."""
     max_stop_words: Annotated[int, Field(ge=1)] = 64
     """Entries in `stop_words` and in `bad_words`."""
+    max_return_sequences: Annotated[int, Field(ge=1)] = 16
+    """Most sequences of one request (`num_return_sequences`); each is generated like a request of its own."""
     cancel_poll_s: _Positive = 0.1
     """How often Triton is asked whether the client has gone."""
 

@@ -61,7 +61,8 @@ class LlmRequest:
     """A checked request.
 
     Attributes:
-        sampling: Without `bad_words_ids`, which `preprocess` adds.
+        sampling: Without `bad_words_ids`, which `preprocess` adds; of sequence 0.
+        num_sequences: Answers to generate; sequence *i* samples with `seed + i` modulo 2**64, as in vLLM.
         bad_words: Text that must not be generated.
         deadline_ms: Counted from arrival; None takes the configured default.
         session_id: Requests of one session like the same worker.
@@ -69,6 +70,7 @@ class LlmRequest:
 
     prompt: Prompt
     sampling: SamplingParams
+    num_sequences: int = 1
     stop_words: tuple[str, ...] = ()
     bad_words: tuple[str, ...] = ()
     stream: bool = False
@@ -162,6 +164,7 @@ def parse_request(
     return LlmRequest(
         prompt=prompt,
         sampling=sampling.params,
+        num_sequences=sampling.num_sequences,
         stop_words=sampling.stop_words,
         bad_words=sampling.bad_words,
         stream=_flag(inputs, "stream", False),

@@ -24,17 +24,23 @@ class RequestLimits:
         max_stop_words: Entries of `stop_words`, of `bad_words` and of `stop_token_ids`, each.
         max_word_bytes: One stop word or bad word, UTF-8.
         max_name_bytes: `cache_salt`, `session_id` and `lora_name`, UTF-8.
+        max_return_sequences: `num_return_sequences`.
     """
 
     max_request_bytes: int = 8 * 1024 * 1024
     max_stop_words: int = 64
     max_word_bytes: int = 256
     max_name_bytes: int = 1024
+    max_return_sequences: int = 16
 
     @classmethod
     def from_config(cls, config: RouterConfig) -> RequestLimits:
         """The configured limits; the others are fixed."""
-        return cls(max_request_bytes=config.max_request_bytes, max_stop_words=config.max_stop_words)
+        return cls(
+            max_request_bytes=config.max_request_bytes,
+            max_stop_words=config.max_stop_words,
+            max_return_sequences=config.max_return_sequences,
+        )
 
 
 def short_repr(value: object) -> str:

@@ -91,6 +91,7 @@ class RequestedSampling:
     params: SamplingParams
     stop_words: tuple[str, ...]
     bad_words: tuple[str, ...]
+    num_sequences: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,10 +140,7 @@ def _gather(inputs: Mapping[str, InputValue], parameters: Mapping[str, object]) 
     return {**weakest, **single, **strongest}
 
 
-def _refuse_unsupported(numbers: Mapping[str, float], given: Mapping[str, _Given]) -> None:
-    if numbers["num_return_sequences"] != 1:
-        field = given["num_return_sequences"].field
-        raise NotSupported(f"{field}: {numbers['num_return_sequences']} given, this server returns 1 sequence")
+def _refuse_unsupported(given: Mapping[str, _Given]) -> None:
     lora = given.get("lora_name")
     if lora is not None and lora.value != "":
         raise NotSupported(f"{lora.field}: {short_repr(lora.value)} given, this server has no adapters")
@@ -195,7 +193,11 @@ def read_sampling(
         name: read_number(given[name].field, given[name].value, allowed) if name in given else _DEFAULTS[name]
         for name, allowed in NUMBER_RANGES.items()
     }
-    _refuse_unsupported(numbers, given)
+    _refuse_unsupported(given)
+    num_sequences = int(numbers["num_return_sequences"])
+    if num_sequences > limits.max_return_sequences:
+        field = given["num_return_sequences"].field
+        raise InvalidRequest(f"{field}: {num_sequences} exceeds the limit of {limits.max_return_sequences}")
     if numbers["min_tokens"] > numbers["max_tokens"]:
         field = given["min_tokens"].field
         raise InvalidRequest(f"{field}: {numbers['min_tokens']} exceeds max_tokens, {numbers['max_tokens']}")
@@ -212,4 +214,5 @@ def read_sampling(
         ),
         stop_words=read_words(stop.field, stop.value, limits),
         bad_words=read_words(bad.field, bad.value, limits),
+        num_sequences=num_sequences,
     )

@@ -11,16 +11,16 @@ from kelp.core.schema_types import Datatype, ModelSchema, TensorSpec
 _ANY_LENGTH = (-1,)
 
 LLM_STEP_OUTPUTS: tuple[TensorSpec, ...] = (
-    TensorSpec("text_output", Datatype.BYTES),
+    TensorSpec("text_output", Datatype.BYTES, _ANY_LENGTH),
     TensorSpec("output_ids", Datatype.INT32, _ANY_LENGTH),
     TensorSpec("output_log_probs", Datatype.FP32, _ANY_LENGTH),
-    TensorSpec("sequence_index", Datatype.INT32),
-    TensorSpec("finish_reason", Datatype.BYTES),
+    TensorSpec("sequence_index", Datatype.INT32, _ANY_LENGTH),
+    TensorSpec("finish_reason", Datatype.BYTES, _ANY_LENGTH),
 )
-"""May be in every response."""
+"""May be in every response; one element per sequence that the response tells of, tokens one sequence after another."""
 
 LLM_LAST_OUTPUTS: tuple[TensorSpec, ...] = (
-    TensorSpec("sequence_length", Datatype.INT32),
+    TensorSpec("sequence_length", Datatype.INT32, _ANY_LENGTH),
     TensorSpec("cached_tokens", Datatype.INT32),
     TensorSpec("num_input_tokens", Datatype.UINT32),
     TensorSpec("num_output_tokens", Datatype.UINT32),
@@ -33,7 +33,7 @@ LLM_LAST_OUTPUTS: tuple[TensorSpec, ...] = (
     TensorSpec("first_token_time_ns", Datatype.INT64),
     TensorSpec("last_token_time_ns", Datatype.INT64),
 )
-"""In the last response only."""
+"""In the last response only; `sequence_length` in the last one of each sequence."""
 
 LLM = ModelSchema(
     name="llm",

@@ -139,6 +139,7 @@ class ExecutorRequest:
         role: See the module docstring.
         num_generated: How many of the last prompt tokens are earlier output of the same sequence (a resumed
             request): they count towards `max_tokens`, `min_tokens`, output penalties and the seed's index.
+        lora_name: Adapter to compute with; empty for none. `seed_hash` already tells its KV apart.
         deadline_s: `time.monotonic()` value after which the executor fails the request with DeadlineExceeded.
     """
 
@@ -150,6 +151,7 @@ class ExecutorRequest:
     sink: Sink = field(repr=False)
     num_generated: int = 0
     deadline_s: float | None = None
+    lora_name: str = ""
 
     @property
     def num_original_tokens(self) -> int:

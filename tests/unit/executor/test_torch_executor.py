@@ -27,7 +27,7 @@ class PoisonedRunner:
     def run(self, chunks: Sequence[Chunk]) -> list[Sampled]:
         if any(POISON in chunk.tokens for chunk in chunks):
             raise RuntimeError("out of memory")
-        return [Sampled(1, -0.1) for chunk in chunks if chunk.sample is not None]
+        return [Sampled(1, -0.1) for chunk in chunks for _ in chunk.samples]
 
 
 @pytest.fixture

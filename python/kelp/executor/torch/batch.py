@@ -22,15 +22,19 @@ class SamplePoint:
     """Everything the choice of one token depends on besides the logits.
 
     Attributes:
-        tokens: `[num_tokens] int32`, prompt and output so far; a view, valid during the step only.
+        tokens: `[num_tokens] int32`, prompt and output so far, drafts before this point included; a view, valid
+            during the step only.
         num_prompt_tokens: Where the output starts in `tokens`.
         stop_token_ids: Ids that would end the sequence; masked while fewer than `min_tokens` were generated.
+        allowed: `[ceil(vocab_size / 32)] int32`, bit *i* of word *w* set if token `32 * w + i` may come; None allows
+            all.
     """
 
     params: SamplingParams
     tokens: npt.NDArray[np.int32]
     num_prompt_tokens: int
     stop_token_ids: frozenset[int]
+    allowed: npt.NDArray[np.int32] | None = None
 
     @property
     def output(self) -> npt.NDArray[np.int32]:
@@ -43,16 +47,18 @@ class Chunk:
     """Consecutive tokens of one sequence that one step computes.
 
     Attributes:
-        tokens: `[num_tokens] int32`, a view.
+        tokens: `[num_tokens] int32`, a view; drafts that the step shall verify come last.
         start: Position of the first; the KV of all earlier positions is in the blocks.
         block_ids: Blocks of the sequence in order, enough for `start + num_tokens` positions.
-        sample: Set if the chunk's last row yields a token.
+        samples: One point for each of the chunk's last rows that yields a token; empty inside a prompt.
+        lora_name: Adapter of the sequence; empty for none.
     """
 
     tokens: npt.NDArray[np.int32]
     start: int
     block_ids: Sequence[BlockId]
-    sample: SamplePoint | None
+    samples: tuple[SamplePoint, ...] = ()
+    lora_name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,5 +76,5 @@ class ModelRunner(Protocol):
         """Write the chunks' KV into their blocks and sample.
 
         Returns:
-            One entry per chunk with `sample` set, in the order of `chunks`.
+            One entry per sample point, in the order of `chunks` and of the points in each.
         """

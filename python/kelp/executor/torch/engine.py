@@ -180,7 +180,7 @@ class Engine:
             if sequence.is_prompt_computed and not was_prompt_computed:
                 sequence.progress.prefill_done_ns = self._clock.wall_ns()
             self._announce(sequence)
-            if chunk.sample is not None:
+            for _ in chunk.samples:
                 self._deliver(sequence, next(sampled))
 
     def _report_admission(self, sequence: Sequence) -> None:

@@ -11,10 +11,10 @@ from kelp.core.errors import ConfigError
 from kelp.core.model_identity import model_identity
 from kelp.core.types import KVLayout
 from kelp.executor.base import ExecutorLimits
+from kelp.executor.torch.decoder import Decoder
 from kelp.executor.torch.engine import EngineRules
 from kelp.executor.torch.executor import TorchExecutor, TorchExecutorParts
 from kelp.executor.torch.memory import allocate_pool, size_pool
-from kelp.executor.torch.model import LlamaModel
 from kelp.executor.torch.model_config import LlamaConfig, load_model_config
 from kelp.executor.torch.options import TorchExecutorOptions
 from kelp.executor.torch.runner import TorchRunner
@@ -53,7 +53,7 @@ def load_parts(model_folder: Path, options: TorchExecutorOptions) -> TorchExecut
         vocab_size=config.vocab_size,
     )
     return TorchExecutorParts(
-        runner=TorchRunner(LlamaModel(config, weights, pool, max_model_tokens)),
+        runner=TorchRunner(Decoder(config, weights, pool, max_model_tokens)),
         layout=layout,
         limits=ExecutorLimits(max_model_tokens, config.vocab_size, config.eos_token_ids),
         memory=memory,

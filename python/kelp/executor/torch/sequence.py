@@ -22,6 +22,7 @@ from kelp.core.hashing import child_hash, sequence_hashes
 from kelp.core.types import BlockId, FinishReason, Role, SequenceHash, num_blocks_for
 from kelp.executor.base import ExecutorRequest
 from kelp.executor.torch.batch import Chunk, SamplePoint
+from kelp.executor.torch.guide import Guide
 
 
 class Stage(enum.Enum):
@@ -71,12 +72,14 @@ class Sequence:
         num_announced: Prompt blocks reported through `Prefilled`.
         is_import: The prompt's KV comes from a peer; False again once `fail_import` was called.
         is_export_released: `release_export` came while the sequence ran.
+        guide: Restricts the output; has accepted the tokens generated so far.
     """
 
     request: ExecutorRequest
     arrival: int
     rules: SequenceRules
     progress: Progress
+    guide: Guide | None = None
     stage: Stage = Stage.WAITING
     is_import: bool = False
     is_export_released: bool = False
@@ -176,7 +179,8 @@ class Sequence:
             tokens=self._tokens[self.num_computed : end],
             start=self.num_computed,
             block_ids=self.block_ids,
-            sample=self._sample_point() if end == self.num_tokens else None,
+            samples=(self._sample_point(),) if end == self.num_tokens else (),
+            lora_name=self.request.lora_name,
         )
 
     def append(self, token_id: int) -> FinishReason | None:
@@ -187,6 +191,8 @@ class Sequence:
         """
         self._tokens[self.num_tokens] = token_id
         self.num_tokens += 1
+        if self.guide is not None:
+            self.guide.accept(token_id)
         sampling = self.request.sampling
         num_generated = self.num_tokens - self.request.num_original_tokens
         if token_id in self._stop_token_ids and num_generated >= sampling.min_tokens:
@@ -199,6 +205,7 @@ class Sequence:
             tokens=self._tokens[: self.num_tokens],
             num_prompt_tokens=self.request.num_original_tokens,
             stop_token_ids=self._stop_token_ids,
+            allowed=self.guide.allowed(())[0] if self.guide is not None else None,
         )
 
     def _hashes_until(self, num_blocks: int) -> list[SequenceHash]:

@@ -20,6 +20,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from kelp.core.types import BlockId, num_blocks_for
+from kelp.executor.torch.attention.base import AttentionShape
 from kelp.executor.torch.batch import Chunk
 
 _MIN_GROUP_BLOCKS = 8
@@ -66,17 +67,18 @@ class AttentionPlan:
     prefills: tuple[PrefillSpan, ...]
 
 
-class PagedAttention:
-    """Writes and reads one pool. Not thread-safe."""
+class GatherAttention:
+    """See `attention.base.Attention`. Not thread-safe."""
 
-    def __init__(self, pool: torch.Tensor) -> None:
+    def __init__(self, pool: torch.Tensor, shape: AttentionShape) -> None:
         """Args: `pool` as the module docstring says, contiguous."""
         self._pool = pool
+        self._shape = shape
         _, self._num_layers, _, self._num_kv_heads, self._block_size, self._head_dim = pool.shape
         self._rows = pool.view(-1, self._block_size * self._head_dim)
 
     def plan(self, chunks: Sequence[Chunk]) -> AttentionPlan:
-        """Index tensors for a step whose batch is the concatenation of `chunks`."""
+        """See `Attention`."""
         blocks: list[npt.NDArray[np.int64]] = []
         offsets: list[npt.NDArray[np.int64]] = []
         groups: dict[int, list[tuple[int, Chunk]]] = defaultdict(list)
@@ -103,21 +105,10 @@ class PagedAttention:
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: AttentionPlan
     ) -> torch.Tensor:
-        """Store this step's K and V, then attend.
-
-        Args:
-            layer: Index of the layer.
-            query: `[num_tokens, num_heads, head_dim]`.
-            key: `[num_tokens, num_kv_heads, head_dim]`.
-            value: Like `key`.
-            plan: From `plan`, for the same batch.
-
-        Returns:
-            `[num_tokens, num_heads * head_dim]`.
-        """
+        """See `Attention`."""
         for half, tensor in ((0, key), (1, value)):
             self._pool[:, layer, half].permute(0, 2, 1, 3)[plan.blocks, plan.offsets] = tensor
-        out = torch.empty_like(query)
+        out = query.new_empty(query.shape)
         for group in plan.decodes:
             out[group.rows] = self._decode(layer, query[group.rows], group)
         for span in plan.prefills:
@@ -128,8 +119,8 @@ class PagedAttention:
     def _decode(self, layer: int, query: torch.Tensor, group: DecodeGroup) -> torch.Tensor:
         num_rows, num_heads, head_dim = query.shape
         key, value = self._gather(layer, group.pool_rows, num_rows)
-        folded = query.view(num_rows, self._num_kv_heads, num_heads // self._num_kv_heads, head_dim)
-        out = scaled_dot_product_attention(folded, key, value, attn_mask=group.mask)
+        folded = query.reshape(num_rows, self._num_kv_heads, num_heads // self._num_kv_heads, head_dim)
+        out = scaled_dot_product_attention(folded, key, value, attn_mask=group.mask, scale=self._shape.scale)
         return out.reshape(num_rows, num_heads, head_dim)
 
     def _prefill(
@@ -145,6 +136,7 @@ class PagedAttention:
             value,
             attn_mask=span.mask,
             is_causal=span.mask is None,
+            scale=self._shape.scale,
             enable_gqa=query.shape[1] != self._num_kv_heads,
         )
         return out[0].transpose(0, 1)
