@@ -56,7 +56,7 @@ def refused(server: KelpServer, **fields: Any) -> ServedError:
         ({**TEXT, "stop_words": [b"\xff"]}, "INVALID_ARGUMENT", "stop_words"),
         ({**TEXT, "sampling_parameters": "not json"}, "INVALID_ARGUMENT", "sampling_parameters"),
         ({**TEXT, "sampling_parameters": '{"temprature": 1}'}, "INVALID_ARGUMENT", "temprature"),
-        ({**TEXT, "num_return_sequences": 2}, "NOT_SUPPORTED", "num_return_sequences"),
+        ({**TEXT, "num_return_sequences": 17}, "INVALID_ARGUMENT", "num_return_sequences"),
         ({**TEXT, "beam_width": 4}, "NOT_SUPPORTED", "beam_width"),
         ({**TEXT, "lora_name": "adapter"}, "NOT_SUPPORTED", "lora_name"),
         (

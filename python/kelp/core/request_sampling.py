@@ -146,6 +146,16 @@ def _refuse_unsupported(given: Mapping[str, _Given]) -> None:
         raise NotSupported(f"{lora.field}: {short_repr(lora.value)} given, this server has no adapters")
 
 
+def _check_bounds(numbers: Mapping[str, float], given: Mapping[str, _Given], limits: RequestLimits) -> None:
+    num_sequences = numbers["num_return_sequences"]
+    if num_sequences > limits.max_return_sequences:
+        field = given["num_return_sequences"].field
+        raise InvalidRequest(f"{field}: {num_sequences} exceeds the limit of {limits.max_return_sequences}")
+    if numbers["min_tokens"] > numbers["max_tokens"]:
+        field = given["min_tokens"].field
+        raise InvalidRequest(f"{field}: {numbers['min_tokens']} exceeds max_tokens, {numbers['max_tokens']}")
+
+
 def _seed(requested: int, temperature: float) -> int:
     if requested >= 0:
         return requested
@@ -194,13 +204,7 @@ def read_sampling(
         for name, allowed in NUMBER_RANGES.items()
     }
     _refuse_unsupported(given)
-    num_sequences = int(numbers["num_return_sequences"])
-    if num_sequences > limits.max_return_sequences:
-        field = given["num_return_sequences"].field
-        raise InvalidRequest(f"{field}: {num_sequences} exceeds the limit of {limits.max_return_sequences}")
-    if numbers["min_tokens"] > numbers["max_tokens"]:
-        field = given["min_tokens"].field
-        raise InvalidRequest(f"{field}: {numbers['min_tokens']} exceeds max_tokens, {numbers['max_tokens']}")
+    _check_bounds(numbers, given, limits)
     unset = _Given("", ())
     stop_ids = given.get("stop_token_ids", unset)
     stop = given.get("stop_words", unset)
@@ -214,5 +218,5 @@ def read_sampling(
         ),
         stop_words=read_words(stop.field, stop.value, limits),
         bad_words=read_words(bad.field, bad.value, limits),
-        num_sequences=num_sequences,
+        num_sequences=int(numbers["num_return_sequences"]),
     )

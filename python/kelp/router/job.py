@@ -1,4 +1,4 @@
-"""One request inside the router: what was asked, what has been generated, what it cost."""
+"""One sequence of a request inside the router: what was asked, what has been generated, what it cost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kelp.router.policies import RoutingRequest
 
 @dataclass(slots=True)
 class Job:
-    """A request on its way.
+    """One sequence on its way.
 
     Attributes:
         deadline_s: `time.monotonic()` value.
@@ -27,7 +27,7 @@ class Job:
         prefill_event: What the prefill worker told last, if there was one.
         decode_event: What the decode or aggregated worker told last.
         worker_ids: Workers of the latest attempt.
-        first_sent_ns: Wall clock when the first token had been handed to Triton.
+        first_sent_ns: Wall clock when the request's first token had been handed to Triton; sequence 0 alone has it.
         last_received_ns: Wall clock when the latest token came from a worker.
     """
 
@@ -43,6 +43,17 @@ class Job:
     first_sent_ns: int = 0
     last_received_ns: int = 0
     _num_commands: Iterator[int] = field(default_factory=itertools.count)
+
+    def sibling(self, index: int) -> Job:
+        """The job of sequence `index` of the same request, to be asked of the job of sequence 0."""
+        seed = (self.sampling.seed + index) % 2**64
+        return Job(
+            request_id=f"{self.request_id}-{index}",
+            prompt=self.prompt,
+            sampling=self.sampling.model_copy(update={"seed": seed}),
+            deadline_s=self.deadline_s,
+            arrival_ns=self.arrival_ns,
+        )
 
     def routing(self) -> RoutingRequest:
         """What a policy may know."""

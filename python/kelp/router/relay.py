@@ -1,4 +1,4 @@
-"""From worker tokens to client responses: detokenise, apply stop words, coalesce, send.
+"""From worker tokens to client responses: take, coalesce, send.
 
 Runs in the sending thread (`core.outbox`), so a busy relay makes responses larger instead of slower. A worker speaks
 tokens only; a change of worker is invisible here.
@@ -6,51 +6,33 @@ tokens only; a change of worker is invisible here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from kelp.core.exchange import Exchange, Tensors
 from kelp.core.types import FinishReason
-
-
-class Detokenizer(Protocol):
-    """What the relay needs of `text.detokenizer`."""
-
-    def push(self, token_ids: list[int]) -> str:
-        """Text that these tokens complete."""
-
-    def flush(self) -> str:
-        """Text still held back at the end."""
-
-
-class StopMatcher(Protocol):
-    """What the relay needs of `text.stop_words`."""
-
-    def push(self, text: str) -> tuple[str, bool]:
-        """Text that can go out, and whether a stop word was hit."""
-
-    def flush(self) -> str:
-        """Text held back because it might have begun a stop word."""
+from kelp.router.sequence_text import SequenceText
 
 
 @dataclass(frozen=True, slots=True)
 class NewTokens:
-    """Tokens to relay, with their log-probs."""
+    """Tokens of one sequence to relay, with their log-probs."""
 
     token_ids: tuple[int, ...]
     log_probs: tuple[float, ...]
+    sequence_index: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """The last response's content: why it ended and the summary tensors."""
+    """One sequence has ended, and why."""
 
     finish_reason: FinishReason
-    summary: Callable[[int], Tensors]
+    sequence_index: int = 0
 
 
 RelayItem = NewTokens | End
@@ -61,105 +43,99 @@ class RelayOptions:
     """How the client wants its answer.
 
     Attributes:
-        is_streaming: Deltas as they come, or one response at the end.
-        hidden_token_ids: Ids that end a sequence; they count as output but are no text.
-        prefix: Text to put first (the prompt, when the client asked for it).
+        is_streaming: Deltas as they come, each response of one sequence; or one response of all at the end.
+        num_input_tokens: Prompt length, part of every `sequence_length`.
     """
 
     is_streaming: bool
     has_log_probs: bool
-    hidden_token_ids: frozenset[int]
-    prefix: str = ""
-
-
-@dataclass(slots=True)
-class _Pending:
-    text: list[str] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)
+    num_input_tokens: int
 
 
 class Relay:
     """One request's outgoing side. `flush` belongs to the sending thread.
 
     Attributes:
+        summary: Tensors of the request's last response alone, from the number of output tokens of all sequences.
         on_first_token: Called once, when the first token has been handed to Triton (or kept, if not streaming).
-        on_stop_word: Called once, when a stop word ended the text; tokens after it are dropped.
+        on_stop_word: Called once per sequence, when a stop word ended its text; tokens after it are dropped.
         on_sent_last: Called once, after the last response.
     """
 
-    def __init__(
-        self, exchange: Exchange, detokenizer: Detokenizer, stop_words: StopMatcher, options: RelayOptions
-    ) -> None:
+    def __init__(self, exchange: Exchange, sequences: Sequence[SequenceText], options: RelayOptions) -> None:
         self._exchange = exchange
-        self._detokenizer = detokenizer
-        self._stop_words = stop_words
+        self._sequences = sequences
         self._options = options
-        self._pending = _Pending(text=[options.prefix] if options.prefix else [])
-        self._num_output_tokens = 0
         self.num_responses = 0
-        self.has_hit_stop_word = False
+        self.summary: Callable[[int], Tensors] = _nothing
         self.on_first_token: Callable[[], object] = _ignore
-        self.on_stop_word: Callable[[], object] = _ignore
+        self.on_stop_word: Callable[[int], object] = _ignore
         self.on_sent_last: Callable[[], object] = _ignore
 
     def flush(self, items: list[RelayItem]) -> None:
-        """Send everything in `items`, as one response where it can be."""
-        end = next((item for item in items if isinstance(item, End)), None)
-        was_silent = self._num_output_tokens == 0
+        """Send everything in `items`, as one response (per sequence, when streaming) where it can be."""
+        was_silent = self._num_output_tokens() == 0
         for item in items:
-            if isinstance(item, NewTokens) and not self.has_hit_stop_word:
-                self._take(item)
+            self._take(item)
+        is_over = all(sequence.finish_reason is not None for sequence in self._sequences)
         try:
-            if end is not None:
-                self._send_last(end)
-            elif self._options.is_streaming and self._pending.token_ids:
-                self._send(self._delta(b""))
+            if self._options.is_streaming:
+                self._stream({item.sequence_index for item in items if isinstance(item, End)}, is_over)
+            elif is_over:
+                self._send(range(len(self._sequences)), is_final=True)
         finally:
-            if was_silent and self._num_output_tokens:
+            if was_silent and self._num_output_tokens():
                 self.on_first_token()
-            if end is not None:
+            if is_over:
                 self.on_sent_last()
 
-    def _take(self, tokens: NewTokens) -> None:
-        self._num_output_tokens += len(tokens.token_ids)
-        self._pending.token_ids.extend(tokens.token_ids)
-        self._pending.log_probs.extend(tokens.log_probs)
-        visible = [token for token in tokens.token_ids if token not in self._options.hidden_token_ids]
-        self._take_text(self._detokenizer.push(visible))
+    def _num_output_tokens(self) -> int:
+        return sum(sequence.num_tokens for sequence in self._sequences)
 
-    def _take_text(self, text: str) -> None:
-        passed, is_hit = self._stop_words.push(text)
-        self._pending.text.append(passed)
-        if is_hit:
-            self.has_hit_stop_word = True
-            self.on_stop_word()
+    def _take(self, item: RelayItem) -> None:
+        sequence = self._sequences[item.sequence_index]
+        had_hit_stop_word = sequence.has_hit_stop_word
+        if isinstance(item, NewTokens):
+            sequence.take(item.token_ids, item.log_probs)
+        else:
+            sequence.end(item.finish_reason)
+        if sequence.has_hit_stop_word and not had_hit_stop_word:
+            self.on_stop_word(item.sequence_index)
 
-    def _send_last(self, end: End) -> None:
-        if not self.has_hit_stop_word:
-            self._take_text(self._detokenizer.flush())
-        if not self.has_hit_stop_word:
-            self._pending.text.append(self._stop_words.flush())
-        reason = FinishReason.STOP if self.has_hit_stop_word else end.finish_reason
-        outputs = self._delta(reason.value.encode())
-        self._send({**outputs, **end.summary(self._num_output_tokens)}, is_final=True)
+    def _stream(self, just_ended: set[int], is_over: bool) -> None:
+        due = [index for index, text in enumerate(self._sequences) if text.has_tokens or index in just_ended]
+        for index in due:
+            self._send([index], is_final=is_over and index == due[-1])
 
-    def _delta(self, finish_reason: bytes) -> dict[str, npt.NDArray[Any]]:
-        pending, self._pending = self._pending, _Pending()
-        outputs: dict[str, npt.NDArray[Any]] = {
-            "text_output": np.array(["".join(pending.text).encode()], dtype=np.object_),
-            "output_ids": np.array(pending.token_ids, dtype=np.int32),
-            "sequence_index": np.zeros(1, dtype=np.int32),
-            "finish_reason": np.array([finish_reason], dtype=np.object_),
-        }
-        if self._options.has_log_probs:
-            outputs["output_log_probs"] = np.array(pending.log_probs, dtype=np.float32)
-        return outputs
-
-    def _send(self, outputs: Tensors, is_final: bool = False) -> None:
+    def _send(self, indices: Sequence[int], is_final: bool) -> None:
+        outputs = self._outputs(indices)
+        if is_final:
+            outputs |= self.summary(self._num_output_tokens())
         self.num_responses += 1
         self._exchange.send(outputs, is_final)
 
+    def _outputs(self, indices: Sequence[int]) -> dict[str, npt.NDArray[Any]]:
+        sequences = [self._sequences[index] for index in indices]
+        deltas = [sequence.drain() for sequence in sequences]
+        reasons = [sequence.finish_reason for sequence in sequences]
+        outputs: dict[str, npt.NDArray[Any]] = {
+            "text_output": np.array(["".join(delta.text).encode() for delta in deltas], dtype=np.object_),
+            "output_ids": np.array([token for delta in deltas for token in delta.token_ids], dtype=np.int32),
+            "sequence_index": np.array(indices, dtype=np.int32),
+            "finish_reason": np.array([reason.value.encode() if reason else b"" for reason in reasons], np.object_),
+        }
+        if self._options.has_log_probs:
+            log_probs = [log_prob for delta in deltas for log_prob in delta.log_probs]
+            outputs["output_log_probs"] = np.array(log_probs, dtype=np.float32)
+        if None not in reasons:
+            lengths = [self._options.num_input_tokens + sequence.num_tokens for sequence in sequences]
+            outputs["sequence_length"] = np.array(lengths, dtype=np.int32)
+        return outputs
 
-def _ignore() -> None:
+
+def _nothing(num_output_tokens: int) -> Tensors:
+    return {}
+
+
+def _ignore(*_: object) -> None:
     pass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from kelp.core.exchange import Tensors
@@ -33,47 +35,52 @@ def _decode_usage(job: Job) -> RequestUsage:
     return event.usage if event else _NO_USAGE
 
 
-def summary_tensors(job: Job, num_output_tokens: int) -> Tensors:
-    """Tensors of the last response alone; names from design §2."""
-    prefill_usage, timings = _prefill_side(job)
-    usage = _decode_usage(job)
-    num_input_tokens = len(job.prompt.input_ids)
+def summary_tensors(jobs: Sequence[Job], num_output_tokens: int) -> Tensors:
+    """Tensors of the request's last response alone; names from design §2.
+
+    Blocks are counted over all sequences. What is said of the prompt, and when it was computed, is sequence 0's.
+    """
+    first = jobs[0]
+    prefill_usage, timings = _prefill_side(first)
+    usages = [_decode_usage(job) for job in jobs]
+    num_new, num_reused = sum(usage.new_blocks for usage in usages), sum(usage.reused_blocks for usage in usages)
     int32 = {
-        "sequence_length": num_input_tokens + num_output_tokens,
         "cached_tokens": prefill_usage.cached_tokens,
-        "kv_cache_alloc_new_blocks": usage.new_blocks,
-        "kv_cache_reused_blocks": usage.reused_blocks,
-        "kv_cache_alloc_total_blocks": usage.new_blocks + usage.reused_blocks,
+        "kv_cache_alloc_new_blocks": num_new,
+        "kv_cache_reused_blocks": num_reused,
+        "kv_cache_alloc_total_blocks": num_new + num_reused,
     }
     int64 = {
-        "arrival_time_ns": job.arrival_ns,
+        "arrival_time_ns": first.arrival_ns,
         "first_scheduled_time_ns": timings.first_scheduled_ns,
-        "first_token_time_ns": job.first_sent_ns,
-        "last_token_time_ns": job.last_received_ns,
+        "first_token_time_ns": first.first_sent_ns,
+        "last_token_time_ns": max(job.last_received_ns for job in jobs),
     }
-    uint32 = {"num_input_tokens": num_input_tokens, "num_output_tokens": num_output_tokens}
+    uint32 = {"num_input_tokens": len(first.prompt.input_ids), "num_output_tokens": num_output_tokens}
+    worker_ids = dict.fromkeys(worker_id for job in jobs for worker_id in job.worker_ids)
     return {
         **{name: np.array([value], dtype=np.int32) for name, value in int32.items()},
         **{name: np.array([value], dtype=np.int64) for name, value in int64.items()},
         **{name: np.array([value], dtype=np.uint32) for name, value in uint32.items()},
-        "worker_ids": np.array([worker_id.encode() for worker_id in job.worker_ids], dtype=np.object_),
+        "worker_ids": np.array([worker_id.encode() for worker_id in worker_ids], dtype=np.object_),
     }
 
 
-def observe(metrics: Metrics, job: Job, num_responses: int, now_ns: int) -> None:
-    """Count a finished request and where its time went."""
-    prefill_usage, _ = _prefill_side(job)
-    num_tokens = len(job.generated)
-    metrics.add(PROMPT_TOKENS, len(job.prompt.input_ids))
-    metrics.add(OUTPUT_TOKENS, num_tokens)
+def observe(metrics: Metrics, jobs: Sequence[Job], num_responses: int, now_ns: int) -> None:
+    """Count a finished request and where its time went; the longest sequence has the time between tokens."""
+    first = jobs[0]
+    prefill_usage, _ = _prefill_side(first)
+    metrics.add(PROMPT_TOKENS, len(first.prompt.input_ids))
+    metrics.add(OUTPUT_TOKENS, sum(len(job.generated) for job in jobs))
     metrics.add(CACHED_TOKENS, prefill_usage.cached_tokens)
     metrics.add(RESPONSES, num_responses)
-    metrics.add(TRANSFERRED_BLOCKS, _decode_usage(job).transferred_blocks)
-    if job.first_sent_ns:
-        metrics.observe(TTFT, (job.first_sent_ns - job.arrival_ns) / 1e9)
+    metrics.add(TRANSFERRED_BLOCKS, sum(_decode_usage(job).transferred_blocks for job in jobs))
+    if first.first_sent_ns:
+        metrics.observe(TTFT, (first.first_sent_ns - first.arrival_ns) / 1e9)
+        num_tokens = max(len(job.generated) for job in jobs)
         if num_tokens > 1:
-            metrics.observe(ITL, (now_ns - job.first_sent_ns) / 1e9 / (num_tokens - 1))
-    for phase, seconds in phases(job).items():
+            metrics.observe(ITL, (now_ns - first.first_sent_ns) / 1e9 / (num_tokens - 1))
+    for phase, seconds in phases(first).items():
         metrics.observe(PHASE, seconds, phase=phase)
 
 

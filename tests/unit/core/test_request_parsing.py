@@ -49,6 +49,7 @@ def test_every_field_reaches_the_request():
         text_input="Hi", max_tokens=7, min_tokens=2, temperature=0.5, top_p=0.25, top_k=3, min_p=0.125,
         repetition_penalty=1.5, presence_penalty=0.5, frequency_penalty=-0.5, random_seed=2**64 - 1, end_id=2,
         ignore_eos=True, stop_words=["a", "b"], bad_words="c", stream=True, return_log_probs=True,
+        num_return_sequences=3,
         exclude_input_in_output=False, return_finish_reason=True, return_num_input_tokens=True,
         return_num_output_tokens=True, cache_salt="salt", session_id="me", priority=-3, deadline_ms=1500,
     )  # fmt: skip
@@ -56,7 +57,7 @@ def test_every_field_reaches_the_request():
     assert (sampling.max_tokens, sampling.min_tokens, sampling.temperature, sampling.top_p) == (7, 2, 0.5, 0.25)
     assert (sampling.top_k, sampling.min_p, sampling.repetition_penalty) == (3, 0.125, 1.5)
     assert (sampling.presence_penalty, sampling.frequency_penalty, sampling.seed) == (0.5, -0.5, 2**64 - 1)
-    assert (sampling.stop_token_ids, sampling.ignore_eos) == ((2,), True)
+    assert (sampling.stop_token_ids, sampling.ignore_eos, request.num_sequences) == ((2,), True, 3)
     assert (request.stop_words, request.bad_words, request.stream) == (("a", "b"), ("c",), True)
     assert (request.cache_salt, request.session_id) == ("salt", "me")
     assert (request.priority, request.deadline_ms) == (-3, 1500)
@@ -106,7 +107,7 @@ def test_a_bad_prompt_is_refused_by_name(values, field):
         ("temperature", float("nan")), ("temperature", float("inf")), ("temperature", 101.0), ("top_p", -0.1),
         ("top_p", 1.5), ("top_p", float("nan")), ("top_k", -2), ("min_p", 1.5), ("min_p", -1.0),
         ("repetition_penalty", 0.0), ("repetition_penalty", float("-inf")), ("presence_penalty", float("nan")),
-        ("frequency_penalty", 1000.0), ("num_return_sequences", 0), ("num_return_sequences", -1),
+        ("frequency_penalty", 1000.0), ("num_return_sequences", 0), ("num_return_sequences", 17),
         ("deadline_ms", 0), ("deadline_ms", -5), ("stop_words", ["a"] * 5), ("bad_words", ["a"] * 5),
         ("stop_words", "x" * 17), ("bad_words", b"\xff"), ("cache_salt", "s" * 33), ("session_id", b"\xc0"),
         ("sampling_parameters", "{"), ("sampling_parameters", "[1]"), ("sampling_parameters", b"\xff{}"),
@@ -186,7 +187,7 @@ def test_an_empty_tensor_of_any_rank_is_neutral():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("num_return_sequences", 2), ("lora_name", "adapter"), ("guided_decoding_guide_type", "json"),
+        ("lora_name", "adapter"), ("guided_decoding_guide_type", "json"),
         ("guided_decoding_guide", "{}"), ("beam_width", 4), ("length_penalty", 2.0), ("image", "aGk="),
         ("decoder_text_input", "x"), ("return_context_logits", True), ("return_generation_logits", True),
         ("return_logprobs", True), ("return_cumulative_logprob", True), ("embedding_request", "{}"),

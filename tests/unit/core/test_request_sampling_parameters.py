@@ -10,7 +10,7 @@ from kelp.core.errors import InvalidRequest, NotSupported
 from kelp.core.request_limits import RequestLimits
 from kelp.core.request_sampling import read_sampling
 
-LIMITS = RequestLimits(max_stop_words=4, max_word_bytes=16)
+LIMITS = RequestLimits(max_stop_words=4, max_word_bytes=16, max_return_sequences=4)
 
 
 def _read(document=None, parameters=None, **inputs):
@@ -48,6 +48,16 @@ def test_all_of_vllms_names_are_understood():
     assert (requested.stop_words, requested.bad_words) == (("a", "b"), ("c",))
 
 
+@pytest.mark.parametrize("value", [4, "4", 4.0])
+def test_n_is_the_number_of_sequences_and_wins_over_the_single_field(value):
+    assert _read({"n": value}, num_return_sequences=2).num_sequences == 4
+
+
+def test_more_sequences_than_allowed_are_refused_with_the_limit():
+    with pytest.raises(InvalidRequest, match=r"num_return_sequences: 5 exceeds the limit of 4"):
+        _read(num_return_sequences=5)
+
+
 def test_a_single_stop_may_be_plain_text():
     assert _read({"stop": "END"}).stop_words == ("END",)
 
@@ -69,7 +79,7 @@ def test_an_unknown_request_parameter_is_somebody_elses():
 @pytest.mark.parametrize(
     "document",
     [
-        {"n": 2}, {"n": "3"}, {"best_of": 2}, {"logprobs": 1}, {"logprobs": -1}, {"prompt_logprobs": 2},
+        {"best_of": 2}, {"logprobs": 1}, {"logprobs": -1}, {"prompt_logprobs": 2},
         {"use_beam_search": True}, {"logit_bias": {"1": 2}}, {"allowed_token_ids": [1]},
         {"skip_special_tokens": False}, {"detokenize": False}, {"include_stop_str_in_output": True},
         {"guided_decoding": {"json": "{}"}}, {"structured_outputs": {"regex": "a"}}, {"lora_name": "x"},
@@ -91,6 +101,7 @@ def test_what_vllm_knows_and_kelp_does_not_do_is_refused_by_name(document):
         {"stop": ["x" * 17]}, {"stop_token_ids": 5}, {"stop_token_ids": [-1]}, {"stop_token_ids": [2**31]},
         {"stop_token_ids": [1, 2, 3, 4, 5]}, {"stop_token_ids": ["a"]}, {"ignore_eos": "perhaps"},
         {"ignore_eos": 2}, {"ignore_eos": []}, {"bad_words": {"a": 1}}, {"min_tokens": 17}, {"n": 0},
+        {"n": 5}, {"n": "two"}, {"n": 1.5},
     ],
 )  # fmt: skip
 def test_a_bad_value_in_the_json_is_refused_by_name(document):

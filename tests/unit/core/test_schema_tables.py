@@ -31,8 +31,8 @@ TENSORRT_LLM_INPUTS = {
 }  # fmt: skip
 VLLM_INPUTS = {"image", "return_cumulative_logprob", "return_logprobs", "embedding_request"}
 PUBLISHED_OUTPUTS = {
-    "text_output": ("BYTES", (1,)), "output_ids": ("INT32", (-1,)), "output_log_probs": ("FP32", (-1,)),
-    "sequence_index": ("INT32", (1,)), "finish_reason": ("BYTES", (1,)), "sequence_length": ("INT32", (1,)),
+    "text_output": ("BYTES", (-1,)), "output_ids": ("INT32", (-1,)), "output_log_probs": ("FP32", (-1,)),
+    "sequence_index": ("INT32", (-1,)), "finish_reason": ("BYTES", (-1,)), "sequence_length": ("INT32", (-1,)),
     "cached_tokens": ("INT32", (1,)), "num_input_tokens": ("UINT32", (1,)),
     "num_output_tokens": ("UINT32", (1,)), "worker_ids": ("BYTES", (-1,)),
     "kv_cache_alloc_new_blocks": ("INT32", (1,)), "kv_cache_reused_blocks": ("INT32", (1,)),

@@ -10,6 +10,7 @@ from router_rig import EOS, LetterDetokenizer, letters
 
 from kelp.core.types import FinishReason
 from kelp.router.relay import End, NewTokens, Relay, RelayItem, RelayOptions
+from kelp.router.sequence_text import SequenceText
 from kelp.text.stop_words import StopWords
 from support.exchange import FakeExchange
 
@@ -19,11 +20,12 @@ class Sent:
 
     def __init__(self, *stop_words: str, is_streaming: bool = True, has_log_probs: bool = False, prefix: str = ""):
         self.exchange = FakeExchange({})
-        options = RelayOptions(is_streaming, has_log_probs, frozenset({EOS}), prefix)
-        self.relay = Relay(self.exchange, LetterDetokenizer(), StopWords(stop_words), options)
+        sequence = SequenceText(LetterDetokenizer(), StopWords(stop_words), frozenset({EOS}), prefix)
+        self.relay = Relay(self.exchange, [sequence], RelayOptions(is_streaming, has_log_probs, num_input_tokens=4))
         self.calls: list[str] = []
+        self.relay.summary = lambda num_tokens: {"num_output_tokens": np.array([num_tokens], dtype=np.uint32)}
         self.relay.on_first_token = lambda: self.calls.append("first token")
-        self.relay.on_stop_word = lambda: self.calls.append("stop word")
+        self.relay.on_stop_word = lambda _: self.calls.append("stop word")
         self.relay.on_sent_last = lambda: self.calls.append("sent last")
 
     def flush(self, *items: RelayItem) -> None:
@@ -39,7 +41,7 @@ def new(text: str) -> NewTokens:
 
 
 def end(reason: FinishReason = FinishReason.LENGTH) -> End:
-    return End(reason, lambda num_tokens: {"num_output_tokens": np.array([num_tokens], dtype=np.uint32)})
+    return End(reason)
 
 
 def test_each_flush_of_a_stream_is_one_response_with_the_text_that_is_certain() -> None:

@@ -36,10 +36,9 @@ def finished_job() -> Job:
 
 
 def test_the_summary_joins_what_both_workers_told() -> None:
-    summary = summary_tensors(finished_job(), num_output_tokens=3)
+    summary = summary_tensors([finished_job()], num_output_tokens=3)
     values = {name: array[0] for name, array in summary.items() if name != "worker_ids"}
     assert values == {
-        "sequence_length": 7,
         "cached_tokens": 32,
         "kv_cache_alloc_new_blocks": 5,
         "kv_cache_reused_blocks": 1,
@@ -56,12 +55,12 @@ def test_the_summary_joins_what_both_workers_told() -> None:
 
 def test_the_summary_has_the_declared_names_and_types() -> None:
     declared = {spec.name: spec.datatype.numpy for spec in LLM.outputs}
-    for name, array in summary_tensors(finished_job(), 3).items():
+    for name, array in summary_tensors([finished_job()], 3).items():
         assert declared[name] == array.dtype, name
 
 
 def test_a_request_of_which_no_worker_told_anything_has_a_summary() -> None:
-    summary = summary_tensors(job(), 0)
+    summary = summary_tensors([job()], 0)
     assert summary["cached_tokens"][0] == summary["kv_cache_alloc_total_blocks"][0] == 0
 
 
@@ -97,7 +96,7 @@ def test_phases_need_a_first_token() -> None:
 
 def test_a_finished_request_is_observed() -> None:
     metrics = Metrics()
-    observe(metrics, finished_job(), num_responses=2, now_ns=125 * MS)
+    observe(metrics, [finished_job()], num_responses=2, now_ns=125 * MS)
     counters, _, observations = metrics.take()
     assert {family.name: value for (family, _), value in counters.items()} == {
         "kelp_prompt_tokens_total": 4,
@@ -114,7 +113,7 @@ def test_a_finished_request_is_observed() -> None:
 
 def test_a_request_without_tokens_has_no_latency() -> None:
     metrics = Metrics()
-    observe(metrics, job(), num_responses=1, now_ns=5)
+    observe(metrics, [job()], num_responses=1, now_ns=5)
     assert metrics.take()[2] == {}
 
 

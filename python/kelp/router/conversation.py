@@ -1,0 +1,75 @@
+"""All sequences of one request with their relay.
+
+Sequence 0 is placed like any request. The others start when its first token shows that the prompt has been computed,
+on the worker that decodes it, whose prefix cache then has the prompt's full blocks. Each goes its own way from there:
+a failure that another attempt can mend concerns one sequence, any other one the whole request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from functools import partial
+
+from kelp.client.base import WorkerOutput
+from kelp.core.outbox import Lane, Outbox
+from kelp.router.job import Job
+from kelp.router.placement import Placement
+from kelp.router.relay import End, NewTokens, Relay, RelayItem
+from kelp.router.sequence import SequenceParts, SequenceRun
+from kelp.router.summary import observe, summary_tensors
+
+
+class Conversation:
+    """One request under way; made and run on the event loop.
+
+    Args:
+        jobs: One per sequence, in their order.
+        relay: Made for as many sequences.
+    """
+
+    def __init__(self, parts: SequenceParts, outbox: Outbox[RelayItem], jobs: Sequence[Job], relay: Relay) -> None:
+        self._metrics = parts.metrics
+        self._clock = parts.attempts.clock
+        self._jobs = jobs
+        self._relay = relay
+        self._lane: Lane[RelayItem] = outbox.lane(relay.flush)
+        self._runs = [SequenceRun(parts, job, partial(self._pass_on, index)) for index, job in enumerate(jobs)]
+        self._has_prompt = asyncio.Event()
+        self._sent_last = asyncio.Event()
+
+    async def run(self) -> None:
+        """Run until the last response has gone out.
+
+        Raises:
+            KelpError: No worker could finish one of the sequences; all have been given up.
+        """
+        loop = asyncio.get_running_loop()
+        relay, first = self._relay, self._jobs[0]
+        relay.on_first_token = lambda: setattr(first, "first_sent_ns", self._clock.wall_ns())
+        relay.on_stop_word = lambda index: loop.call_soon_threadsafe(self._runs[index].stop)
+        relay.on_sent_last = lambda: loop.call_soon_threadsafe(self._sent_last.set)
+        relay.summary = lambda num_tokens: summary_tensors(self._jobs, num_tokens)
+        sequences = [asyncio.ensure_future(self._sequence(index)) for index in range(len(self._jobs))]
+        try:
+            await asyncio.gather(*sequences)
+        finally:
+            for sequence in sequences:
+                sequence.cancel()
+            await asyncio.wait(sequences)
+        await self._sent_last.wait()
+        observe(self._metrics, self._jobs, relay.num_responses, self._clock.wall_ns())
+
+    async def _sequence(self, index: int) -> None:
+        reason = await self._runs[index].run(await self._beside_the_first() if index else None)
+        self._lane.put(End(reason, index))
+        self._has_prompt.set()
+
+    async def _beside_the_first(self) -> Placement | None:
+        await self._has_prompt.wait()
+        placement = self._runs[0].placement
+        return None if placement is None else Placement(placement.decode, None)
+
+    def _pass_on(self, index: int, output: WorkerOutput) -> None:
+        self._lane.put(NewTokens(output.token_ids, output.log_probs, index))
+        self._has_prompt.set()

@@ -1,0 +1,110 @@
+"""One sequence of a request: attempts on workers until it has ended.
+
+Knows neither text nor the client; what it gets of tokens it hands on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kelp.client.base import WorkerOutput
+from kelp.core.errors import CapacityError, KelpError, WorkerLost
+from kelp.core.metrics import RETRIES, Metrics
+from kelp.core.types import FinishReason
+from kelp.router.attempt import Attempt, AttemptParts
+from kelp.router.job import Job
+from kelp.router.placement import Placement, Placer, WorkerKey, key_of
+
+_MAX_ATTEMPTS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceParts:
+    """What sequences share.
+
+    Attributes:
+        eos_token_ids: Ids that end a sequence.
+        max_prefill_retries: Other prefill workers tried before the decode worker computes the prompt itself.
+    """
+
+    placer: Placer
+    attempts: AttemptParts
+    metrics: Metrics
+    eos_token_ids: frozenset[int]
+    max_prefill_retries: int
+
+
+class SequenceRun:
+    """Runs one job; `on_output` gets every output that brings tokens, in order, each token once.
+
+    Attributes:
+        placement: Of the latest attempt.
+    """
+
+    def __init__(self, parts: SequenceParts, job: Job, on_output: Callable[[WorkerOutput], None]) -> None:
+        self._parts = parts
+        self._job = job
+        self._on_output = on_output
+        self._failed: set[WorkerKey] = set()
+        self._num_handoff_failures = 0
+        self._stopped = asyncio.Event()
+        self.placement: Placement | None = None
+
+    def stop(self) -> None:
+        """The sequence shall end here; belongs to the event loop."""
+        self._stopped.set()
+
+    async def run(self, first: Placement | None = None) -> FinishReason:
+        """Run until the sequence has ended.
+
+        Args:
+            first: Where to try first; None leaves that to the placer, as all further attempts are.
+
+        Raises:
+            KelpError: No worker could finish the sequence.
+        """
+        generating = asyncio.ensure_future(self._generate(first))
+        stopping = asyncio.ensure_future(self._stopped.wait())
+        try:
+            await asyncio.wait({generating, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            return await generating if generating.done() else FinishReason.STOP
+        finally:
+            generating.cancel()
+            stopping.cancel()
+
+    async def _generate(self, first: Placement | None) -> FinishReason:
+        for num_attempt in range(1, _MAX_ATTEMPTS + 1):
+            placement = first if first is not None and num_attempt == 1 else await self._place()
+            self.placement, self._job.worker_ids = placement, placement.worker_ids
+            attempt = Attempt(self._parts.attempts, self._job, placement, self._on_output)
+            try:
+                with self._parts.placer.counting(placement):
+                    finished = await attempt.run()
+                return finished.finish_reason or FinishReason.ERROR
+            except KelpError as error:
+                self._note_failure(attempt, error)
+                if num_attempt == _MAX_ATTEMPTS or not error.is_retryable:
+                    raise
+                ended = self._job.finish_reason(self._parts.eos_token_ids)
+                if ended is not None:
+                    return ended
+        raise WorkerLost("no attempt was made")
+
+    async def _place(self) -> Placement:
+        routing, avoid = self._job.routing(), frozenset(self._failed)
+        allow_prefill = self._num_handoff_failures <= self._parts.max_prefill_retries
+        try:
+            return self._parts.placer.place(routing, avoid, allow_prefill)
+        except CapacityError:
+            await self._parts.placer.look_again()
+            return self._parts.placer.place(routing, avoid, allow_prefill)
+
+    def _note_failure(self, attempt: Attempt, error: KelpError) -> None:
+        if error.is_retryable:
+            self._parts.metrics.add(RETRIES, reason=error.code.lower())
+        if attempt.failed_worker is not None and isinstance(error, (WorkerLost, CapacityError)):
+            self._failed.add(key_of(attempt.failed_worker))
+        if attempt.is_handoff_failure:
+            self._num_handoff_failures += 1
