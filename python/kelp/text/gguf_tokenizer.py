@@ -2,20 +2,23 @@
 
 A GGUF holds vocabulary, merges and the *name* of a pre-tokenizer; the rules behind that name are llama.cpp's and
 are repeated here. Splitting text differently from the way a model was trained gives plausible but worse answers, so
-an unknown name is refused instead of guessed. Knows nothing of weights.
+an unknown name is refused instead of guessed; the model's own tokenizer.json may then stand in. Knows nothing of
+weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from kelp.core.errors import ConfigError
 
-_CONTROL, _USER_DEFINED = 3, 4
+_NORMAL, _CONTROL, _USER_DEFINED, _BYTE = 1, 3, 4, 6
+_INSTEAD = "put the model's own tokenizer.json beside the file, or use its Hugging Face folder"
 
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -67,16 +70,10 @@ def _require(metadata: Mapping[str, Any], field: str) -> Any:
 def _rules(metadata: Mapping[str, Any]) -> _Rules:
     model = _require(metadata, "tokenizer.ggml.model")
     if model != "gpt2":
-        raise ConfigError(
-            f"tokenizer.ggml.model: {model!r} is not supported (byte-level BPE 'gpt2' only); "
-            "use the model's Hugging Face folder"
-        )
+        raise ConfigError(f"tokenizer.ggml.model: {model!r} is not supported (byte-level BPE 'gpt2' only); {_INSTEAD}")
     name = _require(metadata, "tokenizer.ggml.pre")
     if name not in _RULES:
-        raise ConfigError(
-            f"tokenizer.ggml.pre: {name!r} is not one of {', '.join(sorted(_RULES))}; "
-            "use the model's Hugging Face folder"
-        )
+        raise ConfigError(f"tokenizer.ggml.pre: {name!r} is not one of {', '.join(sorted(_RULES))}; {_INSTEAD}")
     return _RULES[name]
 
 
@@ -129,6 +126,29 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = _post_processor(metadata)
     tokenizer.add_tokens(_added_tokens(metadata, tokens))
+    return tokenizer
+
+
+def adopt_tokenizer(path: Path, metadata: Mapping[str, Any]) -> Tokenizer:
+    """Take a tokenizer.json for the one that a GGUF file describes.
+
+    Args:
+        path: The tokenizer.json.
+        metadata: As for `build_tokenizer`.
+
+    Raises:
+        ConfigError: It is not readable, or gives a token of the GGUF file's vocabulary another text.
+    """
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    # The library raises bare Exception for everything that is wrong with the file.
+    except Exception as error:
+        raise ConfigError(f"{path}: {error}") from None
+    tokens, types = _require(metadata, "tokenizer.ggml.tokens"), _require(metadata, "tokenizer.ggml.token_type")
+    for token_id, (token, token_type) in enumerate(zip(tokens, types, strict=True)):
+        found = tokenizer.id_to_token(token_id)
+        if token_type in (_NORMAL, _BYTE) and found != token:
+            raise ConfigError(f"{path}: token {token_id} is {found!r}, tokenizer.ggml.tokens says {token!r}")
     return tokenizer
 
 

@@ -6,6 +6,7 @@ worker sees it. Thread-safe, called from a thread pool. Knows nothing of workers
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +16,12 @@ import numpy.typing as npt
 from kelp.core.chat_messages import parse_messages
 from kelp.core.errors import ConfigError, InvalidRequest, PromptTooLong
 from kelp.core.hashing import seed_hash, sequence_hashes
-from kelp.core.model_identity import model_identity
+from kelp.core.model_identity import adapter_digest, lora_id, model_identity
 from kelp.core.preprocess_messages import Prepared, PreparedPrompt, PreprocessOptions
 from kelp.core.request import Prompt
+from kelp.core.request_limits import short_repr
 from kelp.text.chat_template import ChatTemplate
+from kelp.text.grammar import GrammarCompiler
 from kelp.text.model_files import first_positive_int, read_json
 from kelp.text.tokenizer import Tokenizer
 
@@ -55,25 +58,39 @@ class Preprocessor:
         max_model_tokens: The limit in force.
     """
 
-    def __init__(self, model_folder: Path, limits: PreprocessLimits | None = None) -> None:
+    def __init__(
+        self,
+        model_folder: Path,
+        limits: PreprocessLimits | None = None,
+        lora_adapters: Mapping[str, Path] | None = None,
+    ) -> None:
         """Load tokenizer and template.
 
+        Args:
+            model_folder: The model.
+            limits: What a prompt may be.
+            lora_adapters: PEFT folders by the names that requests may give.
+
         Raises:
-            ConfigError: The folder is not a usable model.
+            ConfigError: A folder is not a usable model or adapter.
         """
         limits = limits or PreprocessLimits()
         self.max_model_tokens = _max_model_tokens(model_folder, limits.max_model_tokens)
         self.model_id = model_identity(model_folder)
         self.tokenizer = Tokenizer(model_folder)
         self._template = ChatTemplate(model_folder, limits.max_prompt_chars)
+        self._grammars = GrammarCompiler(model_folder, self.tokenizer.vocab_size, self.tokenizer.eos_token_ids)
+        self._lora_digests = {name: adapter_digest(folder) for name, folder in (lora_adapters or {}).items()}
 
     def prepare(self, prompt: Prompt, options: PreprocessOptions) -> PreparedPrompt:
         """Tokenise, check and hash one prompt.
 
         Raises:
-            InvalidRequest: The prompt is empty, the chat template refuses it, or a token id is not the model's.
+            InvalidRequest: The prompt is empty, the chat template refuses it, a token id is not the model's, there is
+                no adapter of that name, or the guide cannot be compiled.
             PromptTooLong: Prompt plus `max_tokens` exceed the limit.
         """
+        lora_digest = self._lora_digest(options.lora_name)
         text, ids = self._tokenise(prompt, options)
         self._check_length(prompt.field, len(ids), options.max_tokens)
         for index, token_id in enumerate(options.stop_token_ids):
@@ -82,14 +99,26 @@ class Preprocessor:
                     f"stop_token_ids[{index}] (or end_id): {token_id} given, the vocabulary ends at "
                     f"{self.tokenizer.vocab_size - 1}"
                 )
-        seed = seed_hash(self.model_id, options.lora_name, options.cache_salt)
+        if options.guide is not None:
+            self._grammars.compile(options.guide)
+        seed = seed_hash(self.model_id, lora_id(options.lora_name, lora_digest), options.cache_salt)
         hashes = b"".join(sequence_hashes(ids, options.block_size, seed))
         return PreparedPrompt(
             input_ids=ids,
             block_hashes=np.frombuffer(hashes, dtype=np.uint8),
-            message=Prepared(seed_hash_hex=seed.hex(), bad_words_ids=self._bad_words_ids(options.bad_words)),
+            message=Prepared(
+                seed_hash_hex=seed.hex(),
+                bad_words_ids=self._bad_words_ids(options.bad_words),
+                lora_digest=lora_digest,
+            ),
             prompt_text=text if options.return_prompt_text else "",
         )
+
+    def _lora_digest(self, name: str) -> str:
+        if name and name not in self._lora_digests:
+            known = ", ".join(self._lora_digests) or "none"
+            raise InvalidRequest(f"lora_name: {short_repr(name)} given, this server's adapters: {known}")
+        return self._lora_digests.get(name, "")
 
     def _tokenise(self, prompt: Prompt, options: PreprocessOptions) -> tuple[str, npt.NDArray[np.int32]]:
         if prompt.input_ids is not None:

@@ -12,9 +12,21 @@ from safetensors.torch import load_file
 from test_gguf_tokenizer import _metadata as tokenizer_metadata
 
 from kelp.core.errors import ConfigError
-from kelp.text.gguf_convert import convert_gguf, hf_name, model_settings, restore_rotary_order, to_bf16_bits
+from kelp.text.gguf_convert import convert_gguf
+from kelp.text.gguf_settings import model_settings
+from kelp.text.gguf_tensors import hf_name, restore_rotary_order, to_bf16_bits
+from kelp.text.gguf_tokenizer import build_tokenizer
 
 _HIDDEN, _HEADS, _KV_HEADS, _HEAD_DIM, _INNER = 32, 4, 2, 8, 32
+MINIMAL = {
+    "general.architecture": "llama",
+    "llama.attention.head_count": 4,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    "llama.block_count": 1,
+    "llama.context_length": 64,
+    "llama.embedding_length": 32,
+    "llama.feed_forward_length": 32,
+}
 
 
 def _interleave(rows: np.ndarray, num_heads: int) -> np.ndarray:
@@ -44,7 +56,7 @@ def _weights(vocab_size: int, is_tied: bool) -> dict[str, np.ndarray]:
 
 
 def _write_gguf(
-    path: Path, architecture: str = "llama", is_tied: bool = True, quantised: str = ""
+    path: Path, architecture: str = "llama", is_tied: bool = True, quantised: str = "", pre: str = "smollm"
 ) -> dict[str, np.ndarray]:
     """Write a one-layer model; returns its weights as a Hugging Face model would hold them."""
     metadata = tokenizer_metadata()
@@ -60,7 +72,7 @@ def _write_gguf(
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(100000.0)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types(metadata["tokenizer.ggml.token_type"])
     writer.add_token_merges(metadata["tokenizer.ggml.merges"])
@@ -104,7 +116,7 @@ def test_every_weight_arrives_under_its_name_in_hugging_face_order(
     assert len(written) == len(weights)
     for name, values in weights.items():
         expected = torch.from_numpy(values).to(torch.bfloat16)
-        assert torch.equal(written[hf_name(name)], expected), name
+        assert torch.equal(written[hf_name(name, architecture)], expected), name
     assert json.loads((target / "config.json").read_text())["tie_word_embeddings"] is is_tied
 
 
@@ -128,6 +140,15 @@ def test_transformers_computes_with_the_folder(tmp_path: Path) -> None:
         logits = loaded(ids).logits
     assert logits.shape == (1, ids.shape[1], len(tokenizer))
     assert torch.isfinite(logits).all()
+
+
+def test_a_tokenizer_json_beside_the_file_stands_in_for_one_that_is_not_understood(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="tokenizer.ggml.pre: 'mystery'"):
+        _convert(tmp_path, pre="mystery")
+    (tmp_path / "hf").rmdir()
+    build_tokenizer(tokenizer_metadata()).save(str(tmp_path / "tokenizer.json"))
+    _, target = _convert(tmp_path, pre="mystery")
+    assert (target / "tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
 
 
 def test_the_settings_files_hold_what_the_gguf_says(tmp_path: Path) -> None:
@@ -154,23 +175,55 @@ def test_restoring_undoes_llama_cpps_interleaving_for_weights_and_biases() -> No
     assert np.array_equal(restore_rotary_order(_interleave(rows[:, 0], 3), 3), rows[:, 0])
 
 
-@pytest.mark.parametrize("name", ["rope_freqs.weight", "blk.0.ffn_gate_exps.weight", "blk.0.mystery.weight"])
-def test_a_tensor_of_an_unsupported_variant_is_refused_by_name(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("rope_freqs.weight", "qwen2"),
+        ("blk.0.ffn_gate_exps.weight", "llama"),
+        ("blk.0.attn_q_norm.weight", "qwen2"),
+        ("blk.0.ffn_gate_shexp.weight", "qwen3moe"),
+        ("blk.0.mystery.weight", "gemma3"),
+    ],
+)
+def test_a_tensor_of_an_unsupported_variant_is_refused_by_name(name: str, family: str) -> None:
     with pytest.raises(ConfigError, match=name):
-        hf_name(name)
+        hf_name(name, family)
 
 
 @pytest.mark.parametrize(
     ("metadata", "field"),
     [
         ({"general.architecture": "mamba"}, "general.architecture: 'mamba'"),
-        ({"general.architecture": "llama", "llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type: 'yarn'"),
+        ({**MINIMAL, "llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type: 'yarn'"),
+        ({"general.architecture": "mixtral"}, "general.architecture: 'mixtral'"),
         ({"general.architecture": "qwen2"}, "qwen2.attention.head_count: missing"),
+        ({**MINIMAL, "llama.attention.sliding_window": 64}, "llama.attention.sliding_window: 64"),
+        ({**MINIMAL, "llama.rope.dimension_count": 4}, "llama.rope.dimension_count: 4"),
+        ({**MINIMAL, "llama.attention.value_length": 4}, "llama.attention.value_length: 4"),
+        ({**MINIMAL, "llama.attention.head_count": [4, 2]}, r"llama.attention.head_count: \[4, 2\]"),
+        ({**MINIMAL, "llama.final_logit_softcapping": 30.0}, "llama.final_logit_softcapping: 30.0"),
+        ({**MINIMAL, "llama.expert_count": 4}, "llama.expert_used_count: missing"),
+        (
+            {**MINIMAL, "llama.expert_count": 4, "llama.expert_used_count": 2, "llama.expert_gating_func": 2},
+            "llama.expert_gating_func: 2",
+        ),
     ],
 )
 def test_an_unsupported_model_is_refused_by_field(metadata: dict[str, Any], field: str) -> None:
     with pytest.raises(ConfigError, match=field):
-        model_settings(metadata, vocab_size=1, is_tied=True)
+        model_settings(metadata, vocab_size=1, tensor_names=())
+
+
+def test_one_of_several_files_of_a_model_is_refused(tmp_path: Path) -> None:
+    source = tmp_path / "part.gguf"
+    writer = gguf.GGUFWriter(source, "llama")
+    writer.add_uint16(gguf.Keys.Split.LLM_KV_SPLIT_COUNT, 3)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ConfigError, match="split.count: 3 files"):
+        convert_gguf(source, tmp_path, print)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a model at all", b"GGUF\x03\x00\x00\x00"])

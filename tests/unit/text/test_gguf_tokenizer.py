@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kelp.core.errors import ConfigError
-from kelp.text.gguf_tokenizer import build_tokenizer, special_token, tokenizer_settings
+from kelp.text.gguf_tokenizer import adopt_tokenizer, build_tokenizer, special_token, tokenizer_settings
 
 
 def _byte_alphabet() -> list[str]:
@@ -101,3 +102,24 @@ def test_settings_carry_roles_template_and_length_and_leave_out_what_the_file_la
     assert settings["model_max_length"] == 128
     assert "pad_token" not in settings
     assert special_token(_metadata(), "padding") is None
+
+
+def test_a_tokenizer_json_is_adopted_if_it_has_the_vocabulary(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    build_tokenizer(_metadata("smollm")).save(str(path))
+    assert adopt_tokenizer(path, _metadata("mystery")).encode("12").tokens == ["1", "2"]
+
+
+def test_a_tokenizer_json_of_another_model_is_refused_by_the_first_token_that_differs(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    build_tokenizer(_metadata()).save(str(path))
+    tokens = [*_metadata()["tokenizer.ggml.tokens"][:-1], "other"]
+    with pytest.raises(ConfigError, match=f"token {len(tokens) - 1} is 'ĠĠ', tokenizer.ggml.tokens says 'other'"):
+        adopt_tokenizer(path, _metadata(**{"tokenizer.ggml.tokens": tokens}))
+
+
+def test_a_broken_tokenizer_json_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text("{")
+    with pytest.raises(ConfigError, match="tokenizer.json"):
+        adopt_tokenizer(path, _metadata())

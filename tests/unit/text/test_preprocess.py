@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from kelp.core.errors import ConfigError, InvalidRequest, NotSupported, PromptTooLong
 from kelp.core.hashing import seed_hash, sequence_hashes
-from kelp.core.model_identity import model_identity
+from kelp.core.model_identity import adapter_digest, model_identity
 from kelp.core.preprocess_messages import PreprocessOptions
 from kelp.core.request import Prompt
 from kelp.text.preprocess import PreprocessLimits, Preprocessor
@@ -74,6 +75,50 @@ def test_another_salt_shares_no_block(preprocessor):
     assert len(hashes("a")) == 16
     assert not hashes("a") & hashes("b")
     assert not hashes("a") & hashes("")
+
+
+@pytest.fixture
+def adapters(tmp_path):
+    folders = {name: tmp_path / "adapters" / name for name in ("sql", "chat")}
+    for name, folder in folders.items():
+        folder.mkdir(parents=True)
+        (folder / "adapter_config.json").write_text("{}")
+        (folder / "adapter_model.safetensors").write_text(name)
+    return folders
+
+
+def test_blocks_are_shared_within_one_content_of_one_adapter_only(model_folder, adapters):
+    def hashes(lora_name):
+        prepared = Preprocessor(model_folder, lora_adapters=adapters).prepare(
+            _ids(*range(64)), _options(lora_name=lora_name)
+        )
+        return frozenset(prepared.sequence_hashes())
+
+    before = [hashes(name) for name in ("", "sql", "chat")]
+    assert [hashes(name) for name in ("", "sql", "chat")] == before
+    shutil.copyfile(adapters["chat"] / "adapter_model.safetensors", adapters["sql"] / "adapter_model.safetensors")
+    changed = hashes("sql")
+    assert len(frozenset().union(*before, changed)) == 4 * 16
+
+
+def test_the_router_is_told_which_content_of_an_adapter_the_hashes_stand_for(model_folder, adapters):
+    preprocessor = Preprocessor(model_folder, lora_adapters=adapters)
+    assert preprocessor.prepare(_ids(5), _options()).message.lora_digest == ""
+    message = preprocessor.prepare(_ids(5), _options(lora_name="sql")).message
+    assert message.lora_digest == adapter_digest(adapters["sql"])
+
+
+def test_an_unknown_adapter_is_refused_with_the_known_ones(model_folder, preprocessor, adapters):
+    with pytest.raises(InvalidRequest, match="lora_name: 'x' given, this server's adapters: none"):
+        preprocessor.prepare(_ids(5), _options(lora_name="x"))
+    with pytest.raises(InvalidRequest, match="lora_name: 'x' given, this server's adapters: sql, chat"):
+        Preprocessor(model_folder, lora_adapters=adapters).prepare(_ids(5), _options(lora_name="x"))
+
+
+def test_an_adapter_without_files_is_refused_at_load(model_folder, adapters):
+    (adapters["sql"] / "adapter_config.json").unlink()
+    with pytest.raises(ConfigError, match=r"model\.lora_adapters: .*sql/adapter_config\.json"):
+        Preprocessor(model_folder, lora_adapters=adapters)
 
 
 def test_bad_words_are_tokenised_at_a_words_start_and_inside(preprocessor):
