@@ -1,4 +1,4 @@
-"""A tiny model folder, a recording sink, and a copy of KV between two executors through their described memory."""
+"""A tiny model folder, a recording sink, a client, and a copy of KV from one executor's memory to another's."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from kelp.core.hashing import seed_hash
 from kelp.core.messages import SamplingParams
 from kelp.core.types import FinishReason, Role
 from kelp.executor.base import Completed, Executor, ExecutorEvent, ExecutorRequest, Failed, Prefilled, Reserved, Tokens
-from kelp.executor.torch.load import load_torch_executor
-from kelp.executor.torch.options import TorchExecutorOptions
 
 VOCAB_SIZE = 64
 MAX_MODEL_TOKENS = 128
 NUM_BLOCKS = 24
 BLOCK_SIZE = 4
 WAIT_S = 30.0
+PROMPT = [5, 9, 2, 40, 33, 7, 7, 1, 60, 12]
+"""Two full blocks and a half."""
 
 Build = Callable[..., Executor]
 
@@ -60,22 +60,6 @@ def write_tiny_model(folder: Path) -> Path:
     tensors = {f"model.{name}.weight": torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     save_file(tensors, folder / "model.safetensors")
     return folder
-
-
-def build_torch(folder: Path, max_running: int = 8, max_waiting: int = 64) -> Executor:
-    """A torch executor small enough to run out of everything."""
-    return load_torch_executor(
-        folder,
-        TorchExecutorOptions(
-            dtype="float32",
-            block_size=BLOCK_SIZE,
-            num_blocks=NUM_BLOCKS,
-            max_step_tokens=8,
-            max_running=max_running,
-            max_waiting=max_waiting,
-            threads=1,
-        ),
-    )
 
 
 class Recorder:

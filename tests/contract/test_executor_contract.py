@@ -1,54 +1,13 @@
-"""What `executor.base.Executor` promises, on every implementation that runs here."""
-
-from __future__ import annotations
+"""What `executor.base.Executor` promises about one request and about many, on every engine that runs here."""
 
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from executor_harness import (
-    BLOCK_SIZE,
-    MAX_MODEL_TOKENS,
-    NUM_BLOCKS,
-    VOCAB_SIZE,
-    Build,
-    Client,
-    build_torch,
-    copy_missing_blocks,
-    write_tiny_model,
-)
+from executor_harness import BLOCK_SIZE, MAX_MODEL_TOKENS, NUM_BLOCKS, PROMPT, VOCAB_SIZE, Client
 
 from kelp.core.errors import CapacityError, DeadlineExceeded, InvalidRequest, KelpError, PromptTooLong, WorkerLost
-from kelp.core.types import FinishReason, HandoffShape, Role, num_blocks_for
-from kelp.executor.base import Admitted, Completed, Executor, Failed, Prefilled, Reserved, Tokens
-
-PROMPT = [5, 9, 2, 40, 33, 7, 7, 1, 60, 12]
-
-EXECUTORS = [pytest.param(build_torch, id="torch")]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("contract-model"))
-
-
-@pytest.fixture(params=EXECUTORS)
-def build(request: pytest.FixtureRequest, folder: Path) -> Iterator[Build]:
-    built: list[Executor] = []
-
-    def build_one(**options: int) -> Executor:
-        built.append(request.param(folder, **options))
-        return built[-1]
-
-    yield build_one
-    for executor in built:
-        executor.close()
-
-
-@pytest.fixture
-def client(build: Build) -> Client:
-    return Client(build())
+from kelp.core.types import FinishReason, HandoffShape, Role
+from kelp.executor.base import Admitted, Completed, Failed, Reserved, Tokens
 
 
 def test_layout_limits_and_memory_describe_one_pool(client):
@@ -116,61 +75,24 @@ def test_concurrent_requests_get_the_tokens_they_would_get_alone(client):
     assert client.num_unheld_blocks() == NUM_BLOCKS
 
 
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 4}])
+def test_however_many_tokens_an_event_carries_they_are_those_of_single_steps(client, sampling):
+    prompt = PROMPT * 4
+    whole = client.aggregated_tokens(prompt, max_tokens=40, **sampling)
+    single: list[int] = []
+    for num_generated in range(40):
+        step = client.submit(prompt + single, max_tokens=num_generated + 1, num_generated=num_generated, **sampling)
+        assert step.finish_reason() is FinishReason.LENGTH
+        single += step.tokens
+    assert whole == single
+
+
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 11, "frequency_penalty": 0.5}])
 def test_a_resumed_request_goes_on_as_the_interrupted_one_would_have(client, sampling):
     whole = client.aggregated_tokens(PROMPT, max_tokens=9, **sampling)
     resumed = client.submit(PROMPT + whole[:4], max_tokens=9, num_generated=4, **sampling)
     assert resumed.finish_reason() is FinishReason.LENGTH
     assert resumed.tokens == whole[4:]
-
-
-def test_a_prefill_announces_every_prompt_block_and_yields_one_token(client):
-    recorder = client.submit(PROMPT, Role.PREFILL, max_tokens=6)
-    assert recorder.finish_reason() is None
-    announcements = [event for event in recorder.events if isinstance(event, Prefilled)]
-    assert announcements[-1].num_tokens == len(PROMPT)
-    assert len(set(recorder.announced)) == num_blocks_for(len(PROMPT), BLOCK_SIZE)
-    assert recorder.tokens == client.aggregated_tokens(PROMPT, max_tokens=1)
-
-
-def test_exported_blocks_stay_held_until_released(client):
-    recorder = client.submit(PROMPT, Role.PREFILL)
-    recorder.end()
-    client.settle()
-    assert client.num_unheld_blocks() == NUM_BLOCKS - 3
-    for _ in range(2):
-        client.executor.release_export(recorder.request_id)
-    client.settle()
-    assert client.num_unheld_blocks() == NUM_BLOCKS
-
-
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 5, "repetition_penalty": 1.2}])
-def test_a_handoff_gives_the_tokens_of_an_aggregated_run(build, sampling):
-    source, target = Client(build()), Client(build())
-    expected = source.aggregated_tokens(PROMPT, max_tokens=9, **sampling)
-    exported = source.submit(PROMPT, Role.PREFILL, max_tokens=9, **sampling)
-    imported = target.submit(PROMPT, Role.DECODE, max_tokens=9, **sampling)
-    reserved = imported.wait_for(Reserved)
-    exported.end()
-    num_moved = copy_missing_blocks(source.executor, exported.announced, target.executor, reserved)
-    source.executor.release_export(exported.request_id)
-    first = exported.wait_for(Tokens)
-    target.executor.complete_import(imported.request_id, first.token_ids[0], first.log_probs[0], num_moved)
-    end = imported.end()
-    assert isinstance(end, Completed)
-    assert exported.tokens + imported.tokens == expected
-    assert end.usage.transferred_blocks == num_moved == 3
-    source.settle()
-    assert source.num_unheld_blocks() == target.num_unheld_blocks() == NUM_BLOCKS
-
-
-def test_a_failed_import_is_computed_locally(client):
-    expected = client.aggregated_tokens(PROMPT, max_tokens=5)
-    imported = client.submit(PROMPT, Role.DECODE, max_tokens=5)
-    imported.wait_for(Reserved)
-    client.executor.fail_import(imported.request_id)
-    assert imported.finish_reason() is FinishReason.LENGTH
-    assert imported.tokens == expected
 
 
 def test_an_abort_ends_a_running_request_with_cancelled(client):
@@ -182,17 +104,6 @@ def test_an_abort_ends_a_running_request_with_cancelled(client):
     assert recorder.finish_reason() is FinishReason.CANCELLED
     assert len(recorder.tokens) < 60
     client.executor.abort("victim")
-    client.settle()
-    assert client.num_unheld_blocks() == NUM_BLOCKS
-
-
-def test_an_import_aborted_before_completion_keeps_its_blocks_until_end_import(client):
-    imported = client.submit(PROMPT, Role.DECODE)
-    reserved = imported.wait_for(Reserved)
-    client.executor.abort(imported.request_id)
-    assert imported.finish_reason() is FinishReason.CANCELLED
-    assert client.num_unheld_blocks() == NUM_BLOCKS - len(reserved.block_ids)
-    client.executor.end_import(imported.request_id)
     client.settle()
     assert client.num_unheld_blocks() == NUM_BLOCKS
 
@@ -213,20 +124,6 @@ def test_a_request_that_can_never_run_is_refused_at_once(client, prompt, fields,
     with pytest.raises(error_type) as refusal:
         client.submit(prompt, **fields)
     assert text in refusal.value.text
-
-
-def test_a_prefill_needs_room_for_its_prompt_only(client):
-    recorder = client.submit([1] * 95, Role.PREFILL, max_tokens=33)
-    assert recorder.finish_reason() is None
-
-
-def test_an_id_is_refused_while_anything_of_it_is_held_and_free_afterwards(client):
-    client.submit(PROMPT, Role.PREFILL, request_id="twice").end()
-    with pytest.raises(InvalidRequest, match="'twice' is in use"):
-        client.submit(PROMPT, request_id="twice")
-    client.executor.release_export("twice")
-    client.settle()
-    assert client.submit(PROMPT, request_id="twice").finish_reason() is FinishReason.LENGTH
 
 
 def test_a_full_waiting_queue_refuses_with_capacity(build):
@@ -278,7 +175,7 @@ def test_a_sink_that_raises_ends_its_own_request_only(client):
 
 def test_closing_fails_every_live_request_and_refuses_new_ones(build):
     client = Client(build())
-    live = [client.submit(PROMPT, Role.DECODE), client.submit(PROMPT, Role.DECODE)]
+    live = [client.submit(PROMPT, Role.DECODE), client.submit(PROMPT[::-1], Role.DECODE)]
     live[1].wait_for(Reserved)
     client.executor.close()
     client.executor.close()

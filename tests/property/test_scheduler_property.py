@@ -1,14 +1,9 @@
-"""Random lives of many requests in one small engine, against an unbatched reference.
+"""Random lives of many requests in one small engine, against an unbatched reference."""
 
-`HistoryRunner` stores token ids where a model stores KV and derives the next token from what it reads back, so any
-block that is lost, shared wrongly, freed early or overwritten shows as a wrong token.
-"""
-
-import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from history_runner import BLOCK_SIZE, EOS, GARBAGE, VOCAB_SIZE, HistoryRunner, MostlyRight, next_token, reference
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -27,51 +22,13 @@ from kelp.executor.base import (
     Reserved,
     Tokens,
 )
-from kelp.executor.torch.batch import Chunk, Sampled
 from kelp.executor.torch.engine import Engine, EngineRules
+from kelp.executor.torch.history import SequenceRules
 from kelp.executor.torch.scheduler import SchedulerLimits
-from kelp.executor.torch.sequence import SequenceRules
+from kelp.executor.torch.speculation import SpeculationRules
 from kelp.kv.pool import BlockPool
 
-BLOCK_SIZE = 3
-VOCAB_SIZE = 12
-EOS = 11
-GARBAGE = -7
 MAX_DRAIN_STEPS = 3000
-
-
-def next_token(history: Sequence[int]) -> int:
-    return zlib.crc32(np.asarray(history, np.int32).tobytes()) % VOCAB_SIZE
-
-
-def reference(prompt: Sequence[int], max_tokens: int) -> tuple[list[int], FinishReason]:
-    history = list(prompt)
-    for _ in range(max_tokens):
-        history.append(next_token(history))
-        if history[-1] == EOS:
-            return history[len(prompt) :], FinishReason.STOP
-    return history[len(prompt) :], FinishReason.LENGTH
-
-
-class HistoryRunner:
-    def __init__(self, num_blocks: int, max_step_tokens: int) -> None:
-        self.memory = np.full((num_blocks, BLOCK_SIZE), GARBAGE, np.int32)
-        self.max_step_tokens = max_step_tokens
-
-    def run(self, chunks: Sequence[Chunk]) -> list[Sampled]:
-        assert 0 < sum(len(chunk.tokens) for chunk in chunks) <= self.max_step_tokens
-        for chunk in chunks:
-            for offset, token in enumerate(chunk.tokens):
-                block, slot = divmod(chunk.start + offset, BLOCK_SIZE)
-                self.memory[chunk.block_ids[block], slot] = token
-        return [Sampled(next_token(self.read(chunk)), -1.0) for chunk in chunks for _ in chunk.samples]
-
-    def read(self, chunk: Chunk) -> list[int]:
-        return self.memory[list(chunk.block_ids)].ravel()[: chunk.start + len(chunk.tokens)].tolist()
-
-    def write(self, block_ids: Sequence[BlockId], tokens: Sequence[int]) -> None:
-        for position, token in enumerate(tokens):
-            self.memory[block_ids[position // BLOCK_SIZE], position % BLOCK_SIZE] = token
 
 
 @dataclass
@@ -124,46 +81,65 @@ class Life:
 
 class EngineMachine(RuleBasedStateMachine):
     @initialize(
-        num_blocks=st.integers(5, 12), max_running=st.integers(1, 4), budget=st.integers(4, 9), cache=st.booleans()
+        num_blocks=st.integers(4, 9),
+        limits=st.builds(SchedulerLimits, st.integers(4, 9), st.integers(1, 4), st.booleans()),
+        num_drafts=st.sampled_from([0, 3]),
+        max_in_flight=st.sampled_from([2, 1]),
     )
-    def start(self, num_blocks: int, max_running: int, budget: int, cache: bool) -> None:
-        self.runner = HistoryRunner(num_blocks, budget)
+    def start(self, num_blocks: int, limits: SchedulerLimits, num_drafts: int, max_in_flight: int) -> None:
+        self.runner = HistoryRunner(num_blocks, limits.max_step_tokens)
         self.pool = BlockPool(num_blocks)
         self.lives: dict[str, Life] = {}
         self.retired: set[str] = set()
-        rules = EngineRules(SequenceRules(BLOCK_SIZE, (EOS,)), SchedulerLimits(budget, max_running, cache), VOCAB_SIZE)
-        self.engine = Engine(self.runner, self.pool, rules, FakeClock(), self.retired.add)
+        rules = EngineRules(
+            sequence=SequenceRules(BLOCK_SIZE, (EOS,)),
+            scheduler=limits,
+            vocab_size=VOCAB_SIZE,
+            speculation=SpeculationRules(num_drafts, row_cost=0.01),
+            max_in_flight=max_in_flight,
+        )
+        self.clock = FakeClock()
+        self.engine = Engine(self.runner, self.pool, rules, self.clock, self.retired.add, MostlyRight())
 
     @rule(
         role=st.sampled_from(Role),
         prompt=st.lists(st.integers(0, 1), min_size=1, max_size=12),
-        max_tokens=st.integers(1, 9),
+        max_tokens=st.integers(1, 14),
         num_resumed=st.integers(0, 4),
+        penalty=st.sampled_from([0.0, 0.0, 0.5]),
+        num_copies=st.integers(1, 3),
     )
-    def submit(self, role: Role, prompt: list[int], max_tokens: int, num_resumed: int) -> None:
+    def submit(
+        self, role: Role, prompt: list[int], max_tokens: int, num_resumed: int, penalty: float, num_copies: int
+    ) -> None:
         num_positions = len(prompt) + max_tokens - 1
         if num_blocks_for(num_positions, BLOCK_SIZE) > self.pool.num_blocks:
             return
         output, reason = reference(prompt, max_tokens)
         num_generated = min(num_resumed, len(output) - 1)
         given = prompt + output[:num_generated]
-        request_id = str(len(self.lives))
-        life = self.lives[request_id] = Life(role, given, output[num_generated:], reason)
-        request = ExecutorRequest(
-            request_id=request_id,
-            prompt=np.asarray(given, np.int32),
-            role=role,
-            sampling=SamplingParams(max_tokens=max_tokens),
-            seed_hash=seed_hash("model"),
-            sink=life.receive,
-            num_generated=num_generated,
-        )
-        self.engine.add(request, 1)
+        for _ in range(num_copies):
+            request_id = str(len(self.lives))
+            life = self.lives[request_id] = Life(role, given, output[num_generated:], reason)
+            request = ExecutorRequest(
+                request_id=request_id,
+                prompt=np.asarray(given, np.int32),
+                role=role,
+                sampling=SamplingParams(max_tokens=max_tokens, presence_penalty=penalty),
+                seed_hash=seed_hash("model"),
+                sink=life.receive,
+                num_generated=num_generated,
+            )
+            self.engine.add(request, 1)
 
-    @rule(count=st.integers(1, 4))
+    @rule(count=st.integers(1, 8))
     def step(self, count: int) -> None:
         for _ in range(count):
             self.engine.step()
+
+    @rule()
+    def let_time_pass(self) -> None:
+        self.clock.advance(1)
 
     @precondition(lambda self: any(life.end is None for life in self.lives.values()))
     @rule(data=st.data())
@@ -263,5 +239,5 @@ class EngineMachine(RuleBasedStateMachine):
         assert self.pool.num_held == 0
 
 
-EngineMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+EngineMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
 TestEveryScheduleYieldsTheUnbatchedTokens = EngineMachine.TestCase

@@ -20,7 +20,7 @@ writes into reserved blocks before `complete_import`, and after an abort it keep
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -40,22 +40,32 @@ class ExecutorLimits:
         max_model_tokens: Prompt plus generated tokens of one sequence.
         vocab_size: Token ids are below this.
         eos_token_ids: Ids that end a sequence unless `ignore_eos`.
+        adapters: Content (`core.model_identity.adapter_digest`) of each LoRA adapter by its name.
     """
 
     max_model_tokens: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
+    adapters: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class ExecutorLoad:
-    """A snapshot, cheap enough to take at every heartbeat."""
+    """A snapshot, cheap enough to take at every heartbeat.
+
+    Attributes:
+        num_preemptions: Since the start, like the next two.
+        num_draft_tokens: Guesses at what sequences say next that were verified.
+        num_accepted_tokens: Those of them that made a step yield a token more.
+    """
 
     num_running: int
     num_waiting: int
     num_free_blocks: int
     num_cached_blocks: int
     num_preemptions: int
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +150,7 @@ class ExecutorRequest:
         num_generated: How many of the last prompt tokens are earlier output of the same sequence (a resumed
             request): they count towards `max_tokens`, `min_tokens`, output penalties and the seed's index.
         lora_name: Adapter to compute with; empty for none. `seed_hash` already tells its KV apart.
+        lora_digest: Content of the adapter that `seed_hash` stands for, as in `ExecutorLimits.adapters`.
         deadline_s: `time.monotonic()` value after which the executor fails the request with DeadlineExceeded.
     """
 
@@ -152,6 +163,7 @@ class ExecutorRequest:
     num_generated: int = 0
     deadline_s: float | None = None
     lora_name: str = ""
+    lora_digest: str = ""
 
     @property
     def num_original_tokens(self) -> int:
@@ -188,7 +200,10 @@ class Executor(Protocol):
 
         Raises:
             PromptTooLong: It could never fit into the model or the pool, even alone.
-            InvalidRequest: A token id is out of range, the prompt is empty, or the id is in use.
+            InvalidRequest: A token id is out of range, the prompt is empty, the id is in use, `lora_name` is none of
+                `limits.adapters`, or the guide cannot be compiled or forbids the earlier output.
+            NotSupported: This executor follows no guides.
+            NotFound: The adapter of that name has another content here.
             CapacityError: The waiting queue is full.
         """
 

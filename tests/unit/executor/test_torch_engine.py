@@ -109,12 +109,12 @@ def test_a_request_that_waits_for_leased_blocks_runs_once_they_are_released():
 def test_a_deadline_passed_while_waiting_fails_the_request(role):
     bench = Bench()
     events = bench.submit("a", 4, role, deadline_s=bench.clock.monotonic_s() + 5)
-    assert bench.engine.seconds_to_deadline() == 5
+    assert bench.engine.seconds_to_wake() == 5
     bench.clock.advance(5)
     bench.run()
     assert isinstance(events[-1], Failed) and isinstance(events[-1].error, DeadlineExceeded)
     assert bench.retired == ["a"]
-    assert bench.engine.seconds_to_deadline() is None
+    assert bench.engine.seconds_to_wake() is None
 
 
 def test_a_deadline_passed_while_decoding_frees_the_blocks():

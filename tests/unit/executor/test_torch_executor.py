@@ -8,26 +8,27 @@ import numpy as np
 import pytest
 
 from kelp.core.clock import SystemClock
-from kelp.core.errors import InternalError
+from kelp.core.errors import InternalError, InvalidRequest, NotFound
 from kelp.core.hashing import seed_hash
 from kelp.core.messages import SamplingParams
 from kelp.core.types import KVLayout, Role
 from kelp.executor.base import Completed, ExecutorEvent, ExecutorLimits, ExecutorRequest, Failed, PoolMemory
-from kelp.executor.torch.batch import Chunk, Sampled
+from kelp.executor.torch.batch import Chunk, Finished, Sampled
 from kelp.executor.torch.engine import EngineRules
 from kelp.executor.torch.executor import TorchExecutor, TorchExecutorParts
+from kelp.executor.torch.history import SequenceRules
 from kelp.executor.torch.scheduler import SchedulerLimits
-from kelp.executor.torch.sequence import SequenceRules
 
 POISON = 13
+DIGEST = "0f" * 16
 WAIT_S = 30.0
 
 
 class PoisonedRunner:
-    def run(self, chunks: Sequence[Chunk]) -> list[Sampled]:
+    def launch(self, chunks: Sequence[Chunk]) -> Finished:
         if any(POISON in chunk.tokens for chunk in chunks):
             raise RuntimeError("out of memory")
-        return [Sampled(1, -0.1) for chunk in chunks for _ in chunk.samples]
+        return Finished([Sampled(1, -0.1) for chunk in chunks for _ in chunk.samples])
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def executor() -> Iterator[TorchExecutor]:
         TorchExecutorParts(
             runner=PoisonedRunner(),
             layout=KVLayout(8, 1, 1, 4, 8, "float32", "poisoned"),
-            limits=ExecutorLimits(32, 20, ()),
+            limits=ExecutorLimits(32, 20, (), {"sql": DIGEST}),
             memory=PoolMemory(4096, 1, "cpu", None),
             rules=EngineRules(SequenceRules(4, ()), SchedulerLimits(16, 4, True), 20),
             max_waiting=4,
@@ -47,11 +48,13 @@ def executor() -> Iterator[TorchExecutor]:
     executor.close()
 
 
-def end_of(executor: TorchExecutor, request_id: str, token: int) -> Completed | Failed:
+def end_of(executor: TorchExecutor, request_id: str, token: int, **fields: str) -> Completed | Failed:
     events: queue.SimpleQueue[ExecutorEvent] = queue.SimpleQueue()
     prompt = np.asarray([token] * 5, np.int32)
     sampling = SamplingParams(max_tokens=2)
-    executor.submit(ExecutorRequest(request_id, prompt, Role.AGGREGATED, sampling, seed_hash("m"), events.put))
+    executor.submit(
+        ExecutorRequest(request_id, prompt, Role.AGGREGATED, sampling, seed_hash("m"), events.put, **fields)
+    )
     while True:
         event = events.get(timeout=WAIT_S)
         if isinstance(event, Completed | Failed):
@@ -71,3 +74,13 @@ def test_a_failing_step_fails_its_requests_and_the_engine_serves_the_next(execut
 def test_blocks_of_a_failed_step_never_enter_the_prefix_cache(executor):
     assert isinstance(end_of(executor, "bad", POISON), Failed)
     assert executor.load().num_cached_blocks == 0
+
+
+def test_an_adapter_is_refused_unless_its_name_is_known_and_its_content_is_what_the_blocks_are_named_after(executor):
+    assert isinstance(end_of(executor, "a", 1, lora_name="sql", lora_digest=DIGEST), Completed)
+    with pytest.raises(InvalidRequest, match="lora_name: 'x' given, this worker's adapters: sql"):
+        end_of(executor, "b", 1, lora_name="x", lora_digest=DIGEST)
+    for digest in ("", "f0" * 16):
+        with pytest.raises(NotFound, match="lora_name: this worker loaded another content of 'sql'"):
+            end_of(executor, "c", 1, lora_name="sql", lora_digest=digest)
+    assert executor.load().num_waiting == 0

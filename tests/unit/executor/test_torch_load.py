@@ -1,3 +1,4 @@
+import logging
 from pathlib import Path
 
 import pytest
@@ -5,15 +6,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_llama import save_model
 
+import kelp.executor.torch.decoder_parts
+from kelp.core.clock import FakeClock
 from kelp.core.config import ExecutorConfig
 from kelp.core.errors import ConfigError
 from kelp.core.model_identity import model_identity
 from kelp.core.types import KVLayout
+from kelp.executor.torch.decoder_parts import load_decoder_parts
 from kelp.executor.torch.load import load_parts
+from kelp.executor.torch.load_progress import LoadProgress
 from kelp.executor.torch.memory import allocate_pool, size_pool
 from kelp.executor.torch.model_config import load_model_config
 from kelp.executor.torch.options import TorchExecutorOptions
-from kelp.executor.torch.weights import load_weights
+from kelp.executor.torch.tensor_files import TensorFiles
 
 CPU = torch.device("cpu")
 LAYOUT = KVLayout(0, 2, 2, 4, 8, "float32", "model")
@@ -25,8 +30,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def load(folder: Path):
-    return load_weights(folder, load_model_config(folder), torch.float32, CPU)
+def load(folder: Path, on_progress=lambda done, total: None):
+    return load_decoder_parts(folder, load_model_config(folder), torch.float32, CPU, on_progress)
 
 
 def rewrite(folder: Path, change) -> None:
@@ -36,9 +41,14 @@ def rewrite(folder: Path, change) -> None:
     save_file(tensors, path)
 
 
-def test_tied_embeddings_are_one_tensor(folder):
-    weights = load(folder)
-    assert weights.lm_head is weights.embedding
+def test_tied_embeddings_are_one_tensor(folder, monkeypatch):
+    given = []
+
+    def take(weight, bias=None):
+        given.append(weight)
+
+    monkeypatch.setattr(kelp.executor.torch.decoder_parts, "make_linear", take)
+    assert load(folder).embedding is given[-1]
 
 
 def test_a_missing_tensor_is_named(folder):
@@ -60,6 +70,67 @@ def test_a_missing_or_damaged_file_is_named(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match="model.safetensors"):
         load(folder)
+
+
+def test_a_cut_off_tensor_is_named(folder):
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    with pytest.raises(ConfigError, match=rf"tensor model.norm.weight ends at byte {len(content)}, the file at"):
+        load(folder)
+
+
+def test_an_empty_file_is_named(folder):
+    (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ConfigError, match="model.safetensors: the file is empty"):
+        load(folder)
+
+
+def test_a_tensor_of_an_unsupported_type_is_named(folder):
+    rewrite(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(48, dtype=torch.int8)}))
+    with pytest.raises(ConfigError, match="tensor model.norm.weight is I8, only F32, F16, BF16"):
+        load(folder)
+
+
+def test_a_tensor_is_a_view_of_the_file_and_outlives_its_release(folder):
+    files = TensorFiles(folder)
+    name, shape = "model.layers.0.mlp.down_proj.weight", (48, 96)
+    first, second = files.get(name, *shape), files.get(name, *shape)
+    expected = load_file(folder / "model.safetensors")[name]
+    assert first.data_ptr() == second.data_ptr()
+    assert files.release() == expected.nbytes
+    assert files.release() == 0
+    assert torch.equal(first, expected)
+
+
+def test_progress_rises_layer_by_layer_to_the_whole(folder):
+    seen = []
+    load(folder, lambda done, total: seen.append((done, total)))
+    (total,) = {total for _, total in seen}
+    done = [done for done, _ in seen]
+    assert total == sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
+    assert len(done) == 3
+    assert 0 < done[0] < done[1] < done[2] == total
+
+
+def test_a_long_load_is_logged_every_two_seconds_and_a_short_one_never(caplog):
+    caplog.set_level(logging.INFO)
+    clock = FakeClock()
+    short = LoadProgress(clock)
+    for _ in range(2):
+        clock.advance(0.9)
+        short(5, 10)
+    short(10, 10)
+    assert not caplog.messages
+    long = LoadProgress(clock)
+    for done in range(1, 7):
+        clock.advance(1.0)
+        long(done << 30, 6 << 30)
+    assert caplog.messages == [
+        "weights: 33 % (2.0 of 6.0 GiB) after 2 s",
+        "weights: 66 % (4.0 of 6.0 GiB) after 4 s",
+        "weights: 100 % (6.0 of 6.0 GiB) after 6 s",
+    ]
 
 
 @pytest.mark.parametrize("document", ["{}", "{", '{"weight_map": {"a": "../x.safetensors"}}'])

@@ -107,7 +107,12 @@ class Rig:
         return owner
 
     def submit(
-        self, prompt: Sequence[int], max_tokens: int, role: Role = Role.AGGREGATED, **sampling: object
+        self,
+        prompt: Sequence[int],
+        max_tokens: int,
+        role: Role = Role.AGGREGATED,
+        lora_name: str = "",
+        **sampling: object,
     ) -> Answer:
         answer = Answer()
         request = ExecutorRequest(
@@ -115,8 +120,9 @@ class Rig:
             prompt=np.asarray(prompt, np.int32),
             role=role,
             sampling=SamplingParams(max_tokens=max_tokens, **sampling),
-            seed_hash=seed_hash("tiny"),
+            seed_hash=seed_hash("tiny", lora_name),
             sink=answer.events.append,
+            lora_name=lora_name,
         )
         self.num_submitted += 1
         self.engine.add(request, 1)

@@ -49,9 +49,13 @@ class Chunk:
     Attributes:
         tokens: `[num_tokens] int32`, a view; drafts that the step shall verify come last.
         start: Position of the first; the KV of all earlier positions is in the blocks.
-        block_ids: Blocks of the sequence in order, enough for `start + num_tokens` positions.
+        block_ids: Blocks of the sequence in order, enough for `start + num_tokens` positions; read during `launch`
+            only.
         samples: One point for each of the chunk's last rows that yields a token; empty inside a prompt.
         lora_name: Adapter of the sequence; empty for none.
+        token_source: The chunk's only token is not known to the host yet: it is the one that this entry of the
+            previous launch's samples yields, and `tokens` holds a placeholder. Such a chunk's sample point depends
+            on the number of tokens before it, not on their ids.
     """
 
     tokens: npt.NDArray[np.int32]
@@ -59,6 +63,12 @@ class Chunk:
     block_ids: Sequence[BlockId]
     samples: tuple[SamplePoint, ...] = ()
     lora_name: str = ""
+    token_source: int | None = None
+
+    @property
+    def num_drafts(self) -> int:
+        """How many of the last tokens are guesses."""
+        return max(0, len(self.samples) - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +79,33 @@ class Sampled:
     log_prob: float
 
 
-class ModelRunner(Protocol):
-    """Computes one step. Called from the engine's thread only."""
+class Launched(Protocol):
+    """A step that the device has been given."""
 
-    def run(self, chunks: Sequence[Chunk]) -> list[Sampled]:
-        """Write the chunks' KV into their blocks and sample.
+    def result(self) -> list[Sampled]:
+        """Wait for the step's end.
 
         Returns:
-            One entry per sample point, in the order of `chunks` and of the points in each.
+            One entry per sample point, in the order of the chunks and of the points in each.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A step that was computed when it was launched."""
+
+    sampled: list[Sampled]
+
+    def result(self) -> list[Sampled]:
+        """See `Launched`."""
+        return self.sampled
+
+
+class ModelRunner(Protocol):
+    """Computes steps one after the other. Called from the engine's thread only."""
+
+    def launch(self, chunks: Sequence[Chunk]) -> Launched:
+        """Begin to write the chunks' KV into their blocks and to sample; earlier launches come first.
+
+        The caller may launch again before it asks for a result, and leaves the blocks alone until it has it.
         """

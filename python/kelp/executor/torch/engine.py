@@ -11,24 +11,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kelp.core.clock import Clock
-from kelp.core.errors import DeadlineExceeded, KelpError, ProtocolError
-from kelp.core.messages import RequestTimings, RequestUsage
+from kelp.core.errors import DeadlineExceeded, InvalidRequest, KelpError, ProtocolError
 from kelp.core.types import FinishReason
-from kelp.executor.base import (
-    Admitted,
-    Completed,
-    ExecutorEvent,
-    ExecutorLoad,
-    ExecutorRequest,
-    Failed,
-    Prefilled,
-    Reserved,
-    Tokens,
-)
-from kelp.executor.torch.batch import ModelRunner, Sampled
-from kelp.executor.torch.scheduler import Plan, Scheduler, SchedulerLimits
-from kelp.executor.torch.sequence import Progress, Sequence, SequenceRules, Stage
+from kelp.executor.base import Completed, ExecutorEvent, ExecutorLoad, ExecutorRequest, Failed
+from kelp.executor.torch.batch import ModelRunner
+from kelp.executor.torch.drafts import DraftProposer, NgramProposer
+from kelp.executor.torch.flights import Flights
+from kelp.executor.torch.guide import Guide
+from kelp.executor.torch.history import SequenceRules
+from kelp.executor.torch.progress import Progress
+from kelp.executor.torch.scheduler import Scheduler, SchedulerLimits
+from kelp.executor.torch.sequence import Sequence, Stage
+from kelp.executor.torch.speculation import Speculation, SpeculationRules
+from kelp.executor.torch.steps import Outcome, Steps
 from kelp.kv.pool import BlockPool
+
+_NGRAMS = NgramProposer()
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +35,15 @@ class EngineRules:
 
     Attributes:
         vocab_size: Bound of token ids that peers may name.
+        max_in_flight: Steps that may be launched before the first has to land: 1, or 2 where the device computes
+            while the host plans.
     """
 
     sequence: SequenceRules
     scheduler: SchedulerLimits
     vocab_size: int
+    speculation: SpeculationRules = SpeculationRules()
+    max_in_flight: int = 1
 
 
 class Engine:
@@ -54,15 +56,18 @@ class Engine:
         rules: EngineRules,
         clock: Clock,
         on_retired: Callable[[str], None] = lambda _: None,
+        proposer: DraftProposer = _NGRAMS,
     ) -> None:
         """Args: `on_retired` is called with the id of each request of which nothing is held any more."""
-        self._runner = runner
         self._pool = pool
         self._rules = rules
         self._clock = clock
         self._on_retired = on_retired
-        self._scheduler = Scheduler(pool, rules.scheduler)
+        self._speculation = Speculation(rules.speculation, proposer)
+        self._scheduler = Scheduler(pool, rules.scheduler, self._speculation)
+        self._steps = Steps(Flights(runner, rules.max_in_flight), self._scheduler, self._speculation, clock)
         self._sequences: dict[str, Sequence] = {}
+        self._retiring: list[Sequence] = []
         self._num_arrivals = 0
 
     @property
@@ -78,12 +83,14 @@ class Engine:
             num_free_blocks=self._pool.num_free,
             num_cached_blocks=self._pool.num_cached,
             num_preemptions=self._scheduler.num_preemptions,
+            num_draft_tokens=self._speculation.num_draft_tokens,
+            num_accepted_tokens=self._speculation.num_accepted_tokens,
         )
 
-    def add(self, request: ExecutorRequest, arrival_ns: int) -> None:
-        """Queue a validated request."""
+    def add(self, request: ExecutorRequest, arrival_ns: int, guide: Guide | None = None) -> None:
+        """Queue a validated request; `guide` has accepted its earlier output."""
         progress = Progress(arrival_ns=arrival_ns)
-        sequence = Sequence(request, self._num_arrivals, self._rules.sequence, progress)
+        sequence = Sequence(request, self._num_arrivals, self._rules.sequence, progress, guide)
         self._num_arrivals += 1
         self._sequences[request.request_id] = sequence
         self._scheduler.add(sequence)
@@ -91,8 +98,8 @@ class Engine:
     def abort(self, request_id: str) -> None:
         """See `Executor`."""
         sequence = self._sequences.get(request_id)
-        if sequence is not None and sequence.stage not in (Stage.LEASED, Stage.QUARANTINED):
-            self._finish(sequence, _completed(sequence, FinishReason.CANCELLED))
+        if sequence is not None and sequence.is_live:
+            self._finish(sequence, sequence.progress.completed(FinishReason.CANCELLED))
 
     def complete_import(
         self, request_id: str, first_token: int, first_log_prob: float, num_transferred_blocks: int
@@ -109,13 +116,12 @@ class Engine:
         progress = sequence.progress
         progress.transferred_blocks = num_transferred_blocks
         progress.transfer_done_ns = progress.prefill_done_ns = self._clock.wall_ns()
-        sequence.is_import = False
-        sequence.num_computed = sequence.num_prompt_tokens
+        sequence.import_prompt()
         self._scheduler.seal(sequence)
         self._scheduler.start_imported(sequence)
-        reason = sequence.append(first_token)
+        reason = sequence.history.append(first_token)
         if reason is not None:
-            self._finish(sequence, _completed(sequence, reason))
+            self._finish(sequence, _ending(sequence, reason))
 
     def fail_import(self, request_id: str) -> None:
         """See `Executor`."""
@@ -142,85 +148,50 @@ class Engine:
     def fail_all(self, error: KelpError) -> None:
         """Give every live request up; leased and quarantined blocks stay so."""
         for sequence in list(self._sequences.values()):
-            if sequence.stage not in (Stage.LEASED, Stage.QUARANTINED):
+            if sequence.is_live:
                 self._finish(sequence, Failed(error))
 
-    def seconds_to_deadline(self) -> float | None:
-        """Time until the next live request expires, at least 0; None if none will."""
-        deadlines = [
-            sequence.request.deadline_s
+    def seconds_to_wake(self) -> float | None:
+        """How long an idle engine stays so without commands, at least 0; None for ever."""
+        now_s = self._clock.monotonic_s()
+        waits = [
+            max(0.0, sequence.request.deadline_s - now_s)
             for sequence in self._sequences.values()
-            if sequence.request.deadline_s is not None and sequence.stage not in (Stage.LEASED, Stage.QUARANTINED)
+            if sequence.request.deadline_s is not None and sequence.is_live
         ]
-        return max(0.0, min(deadlines) - self._clock.monotonic_s()) if deadlines else None
+        patience_s = self._scheduler.seconds_to_patience(now_s)
+        return min(waits if patience_s is None else [*waits, patience_s], default=None)
 
     def step(self) -> bool:
-        """Expire, plan, compute, report.
+        """Expire, and let the device and the sequences get on.
 
         Returns:
-            Whether anything happened; if not, only a command or a deadline can change that.
+            Whether anything happened; if not, a command or time must pass (`seconds_to_wake`) before anything can.
         """
         num_expired = self._expire()
-        num_preemptions = self._scheduler.num_preemptions
-        plan = self._scheduler.plan()
-        for sequence in plan.admitted:
-            self._report_admission(sequence)
-        if plan.work:
-            self._compute(plan)
-        did_preempt = self._scheduler.num_preemptions != num_preemptions
-        return bool(num_expired or plan.work or plan.admitted or did_preempt)
+        try:
+            outcome = self._steps.advance()
+        finally:
+            self._retire_landed()
+        self._end(outcome)
+        return bool(num_expired) or not outcome.is_idle
 
-    def _compute(self, plan: Plan) -> None:
-        chunks = [sequence.chunk(num_tokens) for sequence, num_tokens in plan.work]
-        sampled = iter(self._runner.run(chunks))
-        for (sequence, num_tokens), chunk in zip(plan.work, chunks, strict=True):
-            was_prompt_computed = sequence.is_prompt_computed
-            sequence.num_computed += num_tokens
-            self._scheduler.seal(sequence)
-            if sequence.is_prompt_computed and not was_prompt_computed:
-                sequence.progress.prefill_done_ns = self._clock.wall_ns()
-            self._announce(sequence)
-            for _ in chunk.samples:
-                self._deliver(sequence, next(sampled))
+    def land_all(self) -> None:
+        """Wait for everything that is in flight; to be called before the engine is given up."""
+        outcome = self._steps.land_all()
+        self._retire_landed()
+        self._end(outcome)
 
-    def _report_admission(self, sequence: Sequence) -> None:
-        progress = sequence.progress
-        num_cached = sequence.num_computed // self._rules.sequence.block_size
-        if not progress.first_scheduled_ns:
-            progress.first_scheduled_ns = self._clock.wall_ns()
-            progress.cached_tokens = sequence.num_computed
-            progress.reused_blocks = num_cached
-            _emit(sequence, Admitted(_usage(progress), progress.first_scheduled_ns))
-        if sequence.is_import:
-            progress.transfer_start_ns = self._clock.wall_ns()
-            _emit(sequence, Reserved(tuple(sequence.block_ids), num_cached))
-        self._announce(sequence)
-
-    def _announce(self, sequence: Sequence) -> None:
-        if not sequence.is_prefill_only:
-            return
-        block_ids = sequence.take_announceable()
-        if block_ids:
-            num_covered = sequence.num_announced * self._rules.sequence.block_size
-            _emit(sequence, Prefilled(min(num_covered, sequence.num_prompt_tokens), tuple(block_ids)))
-
-    def _deliver(self, sequence: Sequence, sampled: Sampled) -> None:
-        progress = sequence.progress
-        progress.last_token_ns = self._clock.wall_ns()
-        progress.first_token_ns = progress.first_token_ns or progress.last_token_ns
-        reason = sequence.append(sampled.token_id)
-        _emit(sequence, Tokens((sampled.token_id,), (sampled.log_prob,)))
-        if reason is not None or sequence.is_prefill_only:
-            self._finish(sequence, _completed(sequence, reason))
+    def _end(self, outcome: Outcome) -> None:
+        for sequence, reason in outcome.ended:
+            self._finish(sequence, _ending(sequence, reason))
 
     def _expire(self) -> int:
         now_s = self._clock.monotonic_s()
         expired = [
             sequence
             for sequence in self._sequences.values()
-            if sequence.request.deadline_s is not None
-            and sequence.request.deadline_s <= now_s
-            and sequence.stage not in (Stage.LEASED, Stage.QUARANTINED)
+            if sequence.request.deadline_s is not None and sequence.request.deadline_s <= now_s and sequence.is_live
         ]
         for sequence in expired:
             request = sequence.request
@@ -237,6 +208,11 @@ class Engine:
             self._retire(sequence)
         return sequence if sequence.stage is Stage.IMPORTING else None
 
+    def _retire_landed(self) -> None:
+        retiring, self._retiring = self._retiring, []
+        for sequence in retiring:
+            self._retire(sequence)
+
     def _finish(self, sequence: Sequence, event: Completed | Failed) -> None:
         stage = sequence.stage
         self._scheduler.remove(sequence)
@@ -249,34 +225,21 @@ class Engine:
         _emit(sequence, event)
 
     def _retire(self, sequence: Sequence) -> None:
+        if sequence.num_flights:
+            sequence.stage = Stage.RETIRING
+            self._retiring.append(sequence)
+            return
         sequence.stage = Stage.ENDED
         self._scheduler.free(sequence)
         del self._sequences[sequence.request.request_id]
         self._on_retired(sequence.request.request_id)
 
 
+def _ending(sequence: Sequence, reason: FinishReason | None) -> Completed | Failed:
+    if reason is FinishReason.ERROR and sequence.guide is not None:
+        return Failed(InvalidRequest(f"guided_decoding_guide (or structured_outputs): {sequence.guide.error}"))
+    return sequence.progress.completed(reason)
+
+
 def _emit(sequence: Sequence, event: ExecutorEvent) -> None:
     sequence.request.sink(event)
-
-
-def _usage(progress: Progress) -> RequestUsage:
-    return RequestUsage(
-        cached_tokens=progress.cached_tokens,
-        new_blocks=progress.new_blocks,
-        reused_blocks=progress.reused_blocks,
-        transferred_blocks=progress.transferred_blocks,
-    )
-
-
-def _completed(sequence: Sequence, reason: FinishReason | None) -> Completed:
-    progress = sequence.progress
-    timings = RequestTimings(
-        arrival_ns=progress.arrival_ns,
-        first_scheduled_ns=progress.first_scheduled_ns,
-        prefill_done_ns=progress.prefill_done_ns,
-        transfer_start_ns=progress.transfer_start_ns,
-        transfer_done_ns=progress.transfer_done_ns,
-        first_token_ns=progress.first_token_ns,
-        last_token_ns=progress.last_token_ns,
-    )
-    return Completed(reason, _usage(progress), timings)

@@ -13,8 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from kelp.core.clock import Clock
-from kelp.core.errors import CapacityError, InternalError, InvalidRequest, PromptTooLong, WorkerLost
-from kelp.core.types import HandoffShape, KVLayout, Role, num_blocks_for
+from kelp.core.errors import CapacityError, InternalError, InvalidRequest, NotFound, PromptTooLong, WorkerLost
+from kelp.core.messages import RequestTimings, RequestUsage
+from kelp.core.types import FinishReason, HandoffShape, KVLayout, Role, num_blocks_for
 from kelp.executor.base import (
     Completed,
     ExecutorEvent,
@@ -27,7 +28,10 @@ from kelp.executor.base import (
 )
 from kelp.executor.torch.batch import ModelRunner
 from kelp.executor.torch.engine import Engine, EngineRules
+from kelp.executor.torch.guide import Guide
+from kelp.executor.torch.guided import start_guide
 from kelp.kv.pool import BlockPool
+from kelp.text.grammar import GrammarCompiler
 
 _log = logging.getLogger(__name__)
 _Command = Callable[[Engine], None]
@@ -35,7 +39,11 @@ _Command = Callable[[Engine], None]
 
 @dataclass(frozen=True, slots=True)
 class TorchExecutorParts:
-    """What a torch executor is assembled from (`load.load_torch_executor`)."""
+    """What a torch executor is assembled from (`load.load_torch_executor`).
+
+    Attributes:
+        grammars: Compiles guides; None refuses them.
+    """
 
     runner: ModelRunner
     layout: KVLayout
@@ -43,6 +51,7 @@ class TorchExecutorParts:
     memory: PoolMemory
     rules: EngineRules
     max_waiting: int
+    grammars: GrammarCompiler | None = None
 
 
 class TorchExecutor:
@@ -53,6 +62,7 @@ class TorchExecutor:
         self._limits = parts.limits
         self._memory = parts.memory
         self._max_waiting = parts.max_waiting
+        self._grammars = parts.grammars
         self._clock = clock
         self._inbox: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -91,6 +101,7 @@ class TorchExecutor:
             WorkerLost: The executor is closed.
         """
         self._validate(request)
+        guide = start_guide(self._grammars, request)
         request_id = request.request_id
         arrival_ns = self._clock.wall_ns()
         guarded = replace(request, sink=self._guard(request_id, request.sink))
@@ -102,9 +113,12 @@ class TorchExecutor:
             num_waiting = self._engine.num_waiting + self._num_submitting
             if num_waiting >= self._max_waiting:
                 raise CapacityError(f"{num_waiting} requests wait, executor.max_waiting is {self._max_waiting}")
+            if guide is not None and guide.is_finished:
+                self._inbox.put(lambda _: guarded.sink(_nothing_to_add(arrival_ns)))
+                return
             self._ids.add(request_id)
             self._num_submitting += 1
-            self._inbox.put(lambda engine: self._admit(engine, guarded, arrival_ns))
+            self._inbox.put(lambda engine: self._admit(engine, guarded, arrival_ns, guide))
 
     def abort(self, request_id: str) -> None:
         """See `Executor`."""
@@ -144,6 +158,7 @@ class TorchExecutor:
         self._thread.join()
 
     def _validate(self, request: ExecutorRequest) -> None:
+        self._validate_adapter(request)
         prompt, sampling = request.prompt, request.sampling
         if len(prompt) == 0:
             raise InvalidRequest("input_ids: the prompt is empty")
@@ -172,10 +187,23 @@ class TorchExecutor:
                 f"KV blocks, executor.num_blocks is {self._layout.num_blocks}"
             )
 
-    def _admit(self, engine: Engine, request: ExecutorRequest, arrival_ns: int) -> None:
+    def _validate_adapter(self, request: ExecutorRequest) -> None:
+        if not request.lora_name:
+            return
+        digest = self._limits.adapters.get(request.lora_name)
+        if digest is None:
+            known = ", ".join(self._limits.adapters) or "none"
+            raise InvalidRequest(f"lora_name: {request.lora_name!r} given, this worker's adapters: {known}")
+        if digest != request.lora_digest:
+            raise NotFound(
+                f"lora_name: this worker loaded another content of {request.lora_name!r} ({digest}) than the prompt's "
+                f"blocks are named after ({request.lora_digest or 'none'})"
+            )
+
+    def _admit(self, engine: Engine, request: ExecutorRequest, arrival_ns: int, guide: Guide | None) -> None:
         with self._lock:
             self._num_submitting -= 1
-            engine.add(request, arrival_ns)
+            engine.add(request, arrival_ns, guide)
 
     def _forget(self, request_id: str) -> None:
         with self._lock:
@@ -198,6 +226,7 @@ class TorchExecutor:
         try:
             self._serve()
             self._engine.fail_all(WorkerLost("the executor is closing"))
+            self._engine.land_all()
         finally:
             with self._lock:
                 self._is_closed = True
@@ -215,7 +244,7 @@ class TorchExecutor:
 
     def _drain(self, is_idle: bool) -> bool:
         """Execute queued commands, first waiting for one if idle; False once closed."""
-        wait_s = self._engine.seconds_to_deadline() if is_idle else 0.0
+        wait_s = self._engine.seconds_to_wake() if is_idle else 0.0
         try:
             while True:
                 command = self._inbox.get(timeout=wait_s) if wait_s != 0.0 else self._inbox.get_nowait()
@@ -225,3 +254,8 @@ class TorchExecutor:
                 wait_s = 0.0
         except queue.Empty:
             return True
+
+
+def _nothing_to_add(arrival_ns: int) -> Completed:
+    """How a resumed request ends whose earlier output is all that its guide allows."""
+    return Completed(FinishReason.STOP, RequestUsage(), RequestTimings(arrival_ns=arrival_ns))

@@ -16,11 +16,16 @@ class Guide(Protocol):
     def is_finished(self) -> bool:
         """Whether the output is complete and nothing may follow."""
 
+    @property
+    def error(self) -> str:
+        """Why the output cannot go on, a token that was refused or a grammar that became too complex; else empty."""
+
     def allowed(self, draft: Sequence[int]) -> list[npt.NDArray[np.int32]]:
         """Bitmasks as `SamplePoint.allowed` takes them: after the output, and after each further draft token.
 
-        Shorter than `len(draft) + 1` if the grammar refuses a draft token: what follows it is not worth computing.
+        Shorter than `len(draft) + 1` if the grammar refuses a draft token, or is finished with one: what follows it
+        is not worth computing.
         """
 
     def accept(self, token_id: int) -> None:
-        """The output goes on with this token."""
+        """The output goes on with this token; one that may not come is an `error`."""

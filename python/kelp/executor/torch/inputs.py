@@ -11,6 +11,15 @@ import torch
 
 from kelp.executor.torch.attention.base import Attention
 from kelp.executor.torch.batch import Chunk
+from kelp.executor.torch.staging import stage
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRows:
+    """Rows of the batch that one LoRA adapter computes; `rows` `[num_rows] int64`."""
+
+    name: str
+    rows: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +31,14 @@ class StepInputs:
         positions: `[num_tokens] int64`, place of each token in its sequence.
         sampled_rows: `[num_samples] int64`, rows of the batch whose logits are wanted.
         attention: From `Attention.plan`.
+        adapters: One entry for each adapter in the batch; None, not empty, without any.
     """
 
     tokens: torch.Tensor
     positions: torch.Tensor
     sampled_rows: torch.Tensor
     attention: Any
+    adapters: tuple[AdapterRows, ...] | None = None
 
 
 def make_inputs(chunks: Sequence[Chunk], attention: Attention, device: torch.device) -> StepInputs:
@@ -37,8 +48,19 @@ def make_inputs(chunks: Sequence[Chunk], attention: Attention, device: torch.dev
     ends = np.cumsum([len(chunk.tokens) for chunk in chunks])
     rows = [np.arange(end - len(chunk.samples), end) for chunk, end in zip(chunks, ends, strict=True)]
     return StepInputs(
-        tokens=torch.from_numpy(tokens).long().to(device),
-        positions=torch.from_numpy(positions).to(device),
-        sampled_rows=torch.from_numpy(np.concatenate(rows)).to(device),
+        tokens=stage(tokens.astype(np.int64), device),
+        positions=stage(positions, device),
+        sampled_rows=stage(np.concatenate(rows), device),
         attention=attention.plan(chunks),
+        adapters=_adapters(chunks, device),
+    )
+
+
+def _adapters(chunks: Sequence[Chunk], device: torch.device) -> tuple[AdapterRows, ...] | None:
+    if not any(chunk.lora_name for chunk in chunks):
+        return None
+    names = np.repeat([chunk.lora_name for chunk in chunks], [len(chunk.tokens) for chunk in chunks])
+    return tuple(
+        AdapterRows(name, stage(np.flatnonzero(names == name), device))
+        for name in dict.fromkeys(chunk.lora_name for chunk in chunks if chunk.lora_name)
     )

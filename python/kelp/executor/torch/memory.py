@@ -45,20 +45,26 @@ def size_pool(layout: KVLayout, device: torch.device, memory_fraction: float) ->
     return sized
 
 
-def allocate_pool(layout: KVLayout, device: torch.device) -> tuple[torch.Tensor, PoolMemory]:
+def allocate_pool(
+    layout: KVLayout, device: torch.device, num_scratch_blocks: int = 0
+) -> tuple[torch.Tensor, PoolMemory]:
     """Zeroed pool `[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]` and its description.
+
+    Scratch blocks follow the layout's in the tensor; the description leaves them out, so that no peer sees them.
 
     Raises:
         ConfigError: The allocation failed; names `executor.num_blocks`.
     """
+    num_blocks = layout.num_blocks + num_scratch_blocks
+    num_bytes = num_blocks * layout.block_bytes
     try:
-        raw = torch.zeros(layout.pool_bytes + _PAGE_BYTES, dtype=torch.uint8, device=device)
+        raw = torch.zeros(num_bytes + _PAGE_BYTES, dtype=torch.uint8, device=device)
     except RuntimeError as error:
-        raise ConfigError(f"executor.num_blocks: {layout.pool_bytes} bytes on {device}: {error}") from None
+        raise ConfigError(f"executor.num_blocks: {num_bytes} bytes on {device}: {error}") from None
     skipped = -raw.data_ptr() % _PAGE_BYTES
-    flat = raw[skipped : skipped + layout.pool_bytes].view(getattr(torch, layout.dtype))
-    pool = flat.view(layout.num_blocks, layout.num_layers, 2, layout.num_kv_heads, layout.block_size, layout.head_dim)
-    return pool, PoolMemory(pool.data_ptr(), layout.pool_bytes, str(device), pool)
+    flat = raw[skipped : skipped + num_bytes].view(getattr(torch, layout.dtype))
+    pool = flat.view(num_blocks, layout.num_layers, 2, layout.num_kv_heads, layout.block_size, layout.head_dim)
+    return pool, PoolMemory(pool.data_ptr(), layout.pool_bytes, str(device), pool[: layout.num_blocks])
 
 
 def _free_bytes(device: torch.device) -> int:

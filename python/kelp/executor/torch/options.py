@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from kelp.core.config import ExecutorConfig
 from kelp.core.errors import ConfigError
@@ -14,14 +16,18 @@ class TorchExecutorOptions:
 
     Attributes:
         device: `auto`, `cpu` or `cuda:<n>`.
+        attention: Backend; see `attention.select`.
         num_blocks: KV blocks; 0 sizes the pool for `kv_memory_fraction` of free memory.
         max_model_tokens: Prompt plus output; 0 takes the model's own limit.
         threads: CPU threads of the process; 0 leaves torch's setting.
         model_id: Overrides the digest that `KVLayout.model_id` is otherwise made of.
+        lora_adapters: PEFT folders by the names that requests may give.
     """
 
     dtype: str = "bfloat16"
     device: str = "cpu"
+    attention: str = "auto"
+    enable_cuda_graphs: bool = True
     block_size: int = 16
     num_blocks: int = 0
     kv_memory_fraction: float = 0.2
@@ -31,7 +37,9 @@ class TorchExecutorOptions:
     max_waiting: int = 512
     threads: int = 0
     enable_prefix_cache: bool = True
+    num_draft_tokens: int = 4
     model_id: str | None = None
+    lora_adapters: Mapping[str, Path] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.dtype not in ("bfloat16", "float32"):
@@ -48,6 +56,8 @@ class TorchExecutorOptions:
         return cls(
             dtype=config.dtype,
             device=device,
+            attention=config.attention,
+            enable_cuda_graphs=config.enable_cuda_graphs,
             block_size=config.block_size,
             num_blocks=config.num_blocks,
             kv_memory_fraction=config.kv_memory_fraction,
@@ -57,4 +67,5 @@ class TorchExecutorOptions:
             max_waiting=config.max_waiting,
             threads=threads,
             enable_prefix_cache=config.enable_prefix_cache,
+            num_draft_tokens=config.num_draft_tokens,
         )

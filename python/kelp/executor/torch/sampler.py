@@ -1,7 +1,8 @@
 """From logits to tokens.
 
-Order of operations as in vLLM: bans, penalties, temperature, min_p, top_k, top_p, choice. Each row is treated
-alone, so a token is a function of its own logits, parameters, history and seed, never of the batch around it.
+Order of operations as in vLLM: guide, bans, penalties, temperature, min_p, top_k, top_p, choice. Bans and penalties
+depend on a row's history and are applied here, row by row, guides to all their rows at once; the rest is
+`device_sampler`'s. A token is a function of its own logits, parameters, history and seed, never of the batch around it.
 """
 
 from __future__ import annotations
@@ -9,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from kelp.core.messages import SamplingParams
 from kelp.executor.torch.batch import Sampled, SamplePoint
-from kelp.executor.torch.noise import exponential_noise
+from kelp.executor.torch.device_sampler import Draws, choose, plan_draws
+from kelp.executor.torch.staging import stage
+
+_WORD_BITS = 32
 
 
 def sample(logits: torch.Tensor, points: Sequence[SamplePoint]) -> list[Sampled]:
@@ -25,24 +29,52 @@ def sample(logits: torch.Tensor, points: Sequence[SamplePoint]) -> list[Sampled]
     """
     if not points:
         return []
-    exact = logits.float()
-    chosen = exact.argmax(dim=-1)
-    for row, point in enumerate(points):
-        if not _is_plain_greedy(point):
-            chosen[row] = _choose(exact[row].clone(), point)
-    log_probs = torch.log_softmax(exact, dim=-1).gather(1, chosen[:, None])[:, 0]
+    chosen, log_probs = sample_rows(logits, points, plan_draws(points, logits.device))
     return [Sampled(token_id, log_prob) for token_id, log_prob in zip(chosen.tolist(), log_probs.tolist(), strict=True)]
 
 
-def _is_plain_greedy(point: SamplePoint) -> bool:
+def sample_rows(
+    logits: torch.Tensor, points: Sequence[SamplePoint], draws: Sequence[Draws]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Like `sample`, on the logits' device; the host waits only where a row is restricted or penalised.
+
+    Args:
+        logits: `[num_rows, vocab_size]`, any float type; not modified.
+        points: One per row, at least one.
+        draws: From `plan_draws` for `points`.
+
+    Returns:
+        Token ids `[num_rows] int64` and their log-probabilities under the raw logits `[num_rows] fp32`.
+    """
+    exact = logits.float()
+    changed = [row for row, point in enumerate(points) if _changes_logits(point)]
+    guided = [row for row, point in enumerate(points) if point.allowed is not None]
+    adjusted = exact.clone() if changed or guided else exact
+    if guided:
+        masks = [points[row].allowed for row in guided]
+        adjusted[guided] = adjusted[guided].masked_fill(_forbidden(masks, adjusted), -torch.inf)
+    for row in changed:
+        _adjust(adjusted[row], points[row])
+    chosen = choose(adjusted, draws)
+    return chosen, torch.log_softmax(exact, dim=-1).gather(1, chosen[:, None])[:, 0]
+
+
+def _forbidden(masks: Sequence[npt.NDArray[np.int32] | None], logits: torch.Tensor) -> torch.Tensor:
+    """`[num_masks, vocab_size] bool` on the logits' device: the tokens whose bit is not set."""
+    words = stage(np.stack([mask for mask in masks if mask is not None]), logits.device)
+    places = torch.arange(_WORD_BITS, dtype=torch.int32, device=logits.device)
+    bits = words[:, :, None].bitwise_right_shift(places).bitwise_and(1)
+    return bits.flatten(1)[:, : logits.shape[1]] == 0
+
+
+def _changes_logits(point: SamplePoint) -> bool:
     params = point.params
-    return (
-        params.temperature == 0
-        and params.repetition_penalty == 1
-        and params.presence_penalty == 0
-        and params.frequency_penalty == 0
-        and not params.bad_words_ids
-        and not _is_stop_banned(point)
+    return bool(
+        params.repetition_penalty != 1
+        or params.presence_penalty
+        or params.frequency_penalty
+        or params.bad_words_ids
+        or _is_stop_banned(point)
     )
 
 
@@ -50,24 +82,15 @@ def _is_stop_banned(point: SamplePoint) -> bool:
     return len(point.output) < point.params.min_tokens and bool(point.stop_token_ids)
 
 
-def _choose(logits: torch.Tensor, point: SamplePoint) -> int:
-    """Token id for one row `[vocab_size] fp32`, which is modified."""
+def _adjust(logits: torch.Tensor, point: SamplePoint) -> None:
+    """Ban and penalise in one row `[vocab_size] fp32`; where nothing is left that a guide allows, its word stands."""
     banned = [token_id for token_id in _banned_ids(point) if token_id < len(logits)]
     if banned:
+        spared = logits[banned]
         logits[banned] = -torch.inf
+        if point.allowed is not None and bool(logits.max() == -torch.inf):
+            logits[banned] = spared
     _penalise(logits, point)
-    params = point.params
-    if params.temperature == 0:
-        return int(logits.argmax())
-    probabilities = torch.softmax((logits - logits.max()) / params.temperature, dim=-1)
-    kept = _filter(probabilities, params)
-    if not len(kept):
-        # Extreme penalties overflow, and bans may cover everything: no distribution is left to draw from.
-        return int(logits.argmax())
-    token_ids = kept.cpu().numpy()
-    noise = exponential_noise(params.seed, len(point.output), token_ids)
-    race = probabilities[kept].cpu().numpy() / noise
-    return int(token_ids[race.argmax()])
 
 
 def _banned_ids(point: SamplePoint) -> set[int]:
@@ -94,17 +117,3 @@ def _penalise(logits: torch.Tensor, point: SamplePoint) -> None:
         penalty = params.presence_penalty + params.frequency_penalty * counts
         index = torch.from_numpy(token_ids.astype(np.int64)).to(logits.device)
         logits[index] -= torch.from_numpy(penalty).to(logits)
-
-
-def _filter(probabilities: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """Ids `[num_candidates] int64` that min_p, top_k and top_p leave; empty only for NaN."""
-    kept = torch.nonzero(probabilities > 0)[:, 0]
-    if params.min_p > 0:
-        kept = kept[probabilities[kept] >= params.min_p * probabilities.max()]
-    if 0 < params.top_k < len(kept):
-        kept = kept[probabilities[kept].topk(params.top_k).indices]
-    if params.top_p < 1:
-        ordered, order = probabilities[kept].sort(descending=True, stable=True)
-        before = ordered.cumsum(0) - ordered
-        kept = kept[order[before < params.top_p * ordered.sum()]]
-    return kept

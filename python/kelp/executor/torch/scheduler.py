@@ -1,10 +1,12 @@
 """Which tokens of which sequences the next step computes, and who gets blocks.
 
-Policy: decodes first, in order of arrival, then prompt chunks first come first served, then admissions, under one
-token budget. A sequence is admitted only with blocks for everything it knows so far, so a prompt never waits
-half-way; only decoding grows. Growth that finds no block preempts the latest-arrived sequence that no peer reads
-or writes (possibly the growing one itself), which recomputes later. The earliest arrival is never taken from, and
-whatever cannot be preempted needs no further block, so there is always somebody who can finish.
+Policy: decodes first, in order of arrival, then prompts, which share what is left of one token budget (`shares`), then
+drafts behind the decodes. A sequence is admitted, in order of arrival, only with blocks for everything it knows so
+far, so a prompt never waits half-way; only decoding grows. It is passed over while another one makes the next block
+that it needs; of an import, whose peer may hang, that is believed for a second only. Growth that finds no block preempts the latest-arrived sequence that no peer reads or writes (possibly
+the growing one itself), which recomputes later. The earliest arrival is never taken from, and whatever cannot be
+preempted needs no further block, so there is always somebody who can finish. Drafts take no block that growth might
+need.
 
 Decides and keeps the books; emits no events, runs no model.
 """
@@ -15,8 +17,14 @@ from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from kelp.core.types import BlockId
+from kelp.executor.torch.prefixes import PromisedBlocks
 from kelp.executor.torch.sequence import Sequence, Stage
+from kelp.executor.torch.shares import share_out
+from kelp.executor.torch.speculation import Speculation
 from kelp.kv.pool import BlockPool
+
+_IMPORT_PATIENCE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,19 +37,39 @@ class SchedulerLimits:
 
 
 @dataclass(slots=True)
-class Plan:
-    """One step: `work` in batch order; `admitted` are new in this step, imports (no work yet) included."""
+class Work:
+    """One sequence's part of a step: pending tokens, and drafts behind them."""
 
-    work: list[tuple[Sequence, int]] = field(default_factory=list)
+    sequence: Sequence
+    num_tokens: int
+    num_drafts: int = 0
+
+
+@dataclass(slots=True)
+class Plan:
+    """One step.
+
+    Attributes:
+        now_s: When it was made, by the engine's monotonic clock.
+        work: In batch order.
+        admitted: New in this step, imports (no work yet) included.
+        is_short: Blocks must be taken from a sequence that is in flight: nothing can be planned before that landed.
+    """
+
+    now_s: float = 0.0
+    work: list[Work] = field(default_factory=list)
     admitted: list[Sequence] = field(default_factory=list)
+    is_short: bool = False
 
 
 class Scheduler:
     """Queue, running set and block ownership of one engine."""
 
-    def __init__(self, pool: BlockPool, limits: SchedulerLimits) -> None:
+    def __init__(self, pool: BlockPool, limits: SchedulerLimits, speculation: Speculation) -> None:
         self._pool = pool
         self._limits = limits
+        self._speculation = speculation
+        self._promised = PromisedBlocks()
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         self._importing: list[Sequence] = []
@@ -64,6 +92,7 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out of whatever set it is in; its blocks stay with it."""
+        self._promised.withdraw(sequence)
         for members in (self._waiting, self._running, self._importing):
             if sequence in members:
                 members.remove(sequence)
@@ -88,73 +117,138 @@ class Scheduler:
         if self._limits.enable_prefix_cache:
             for block_id, sequence_hash in sequence.take_sealable():
                 self._pool.seal(block_id, sequence_hash)
+                self._promised.keep(sequence_hash)
 
-    def plan(self) -> Plan:
+    def seconds_to_patience(self, now_s: float) -> float | None:
+        """Time until requests no longer wait for a block of some import; None if none does."""
+        ends = [sequence.promise_end_s for sequence in self._importing if sequence.promise_end_s is not None]
+        return max(0.0, min(ends) - now_s) if ends and self._waiting else None
+
+    def plan(self, now_s: float) -> Plan:
         """Choose the next step's work; allocates, preempts and admits."""
-        plan = Plan()
+        self._lose_patience(now_s)
+        plan = Plan(now_s)
         num_preemptions = self.num_preemptions
-        budget = self._plan_decodes(plan, self._limits.max_step_tokens)
-        budget = self._plan_prefills(plan, budget)
-        if self.num_preemptions == num_preemptions:
-            self._admit(plan, budget)
+        self._plan_decodes(plan)
+        if not plan.is_short:
+            if self.num_preemptions == num_preemptions:
+                self._admit(plan)
+            decodes = list(plan.work)
+            budget = self._plan_prefills(plan, self._limits.max_step_tokens - len(decodes))
+            self._plan_drafts(decodes, budget)
         return plan
 
-    def _plan_decodes(self, plan: Plan, budget: int) -> int:
-        for sequence in [member for member in self._running if member.num_pending == 1]:
-            if budget and sequence.stage is Stage.RUNNING and self._grow(sequence):
-                plan.work.append((sequence, 1))
-                budget -= 1
-        return budget
+    def _plan_decodes(self, plan: Plan) -> None:
+        members = [member for member in self._running if member.num_pending == 1]
+        for sequence in members:
+            if sequence.stage is not Stage.RUNNING or self._must_be_known(sequence, len(members)):
+                continue
+            if not self._grow(sequence, plan):
+                return
+            if sequence.stage is Stage.RUNNING:
+                plan.work.append(Work(sequence, 1))
+
+    def _lose_patience(self, now_s: float) -> None:
+        for sequence in self._importing:
+            if sequence.promise_end_s is not None and sequence.promise_end_s <= now_s:
+                sequence.promise_end_s = None
+                self._promised.withdraw(sequence)
+
+    def _must_be_known(self, sequence: Sequence, num_decodes: int) -> bool:
+        """Whether the next token is in flight and the step after it needs to know which it is."""
+        if not sequence.num_foreseen:
+            return False
+        return not sequence.history.is_foreseeable or self._speculation.num_worthwhile(sequence, num_decodes) > 0
 
     def _plan_prefills(self, plan: Plan, budget: int) -> int:
-        for sequence in self._running:
-            if sequence.num_pending > 1 and budget:
-                num_tokens = min(sequence.num_pending, budget)
-                plan.work.append((sequence, num_tokens))
-                budget -= num_tokens
-        return budget
+        prefills = [sequence for sequence in self._running if sequence.num_pending > 1]
+        shares = share_out([sequence.num_pending for sequence in prefills], budget)
+        for sequence, num_tokens in zip(prefills, shares, strict=True):
+            if num_tokens:
+                plan.work.append(Work(sequence, num_tokens))
+        return budget - sum(shares)
 
-    def _admit(self, plan: Plan, budget: int) -> None:
-        while self._waiting and self.num_running < self._limits.max_running:
-            sequence = self._waiting[0]
-            if (not budget and not sequence.is_import) or not self._equip(sequence):
+    def _plan_drafts(self, decodes: list[Work], budget: int) -> None:
+        drafting: list[Work] = []
+        limits: list[int] = []
+        for work in decodes:
+            limit = min(budget, self._speculation.num_worthwhile(work.sequence, len(decodes)))
+            if limit > 0 and not work.sequence.num_foreseen:
+                drafting.append(work)
+                limits.append(limit)
+                budget -= limit
+        if drafting:
+            nums_drafts = self._speculation.draft([work.sequence for work in drafting], limits)
+            for work, num_drafts in zip(drafting, nums_drafts, strict=True):
+                work.num_drafts = self._make_room(work.sequence, num_drafts)
+
+    def _make_room(self, sequence: Sequence, num_drafts: int) -> int:
+        """How many of some drafts have a place in the sequence's blocks, or in a block to spare."""
+        size = sequence.rules.block_size
+        num_places = len(sequence.block_ids) * size - sequence.num_tokens
+        while num_places < num_drafts and self._pool.num_available > self._num_growing:
+            sequence.extend(self._pool.allocate(1))
+            num_places += size
+        return min(num_drafts, num_places)
+
+    def _admit(self, plan: Plan) -> None:
+        for sequence in list(self._waiting):
+            if self.num_running >= self._limits.max_running:
                 return
-            del self._waiting[0]
-            plan.admitted.append(sequence)
-            if sequence.is_import:
-                sequence.stage = Stage.IMPORTING
-                self._importing.append(sequence)
+            hashes = sequence.matchable_hashes() if self._limits.enable_prefix_cache else []
+            if sequence.awaited_hash is not None and sequence.awaited_hash in self._promised:
                 continue
-            self._run(sequence)
-            num_tokens = min(sequence.num_pending, budget)
-            plan.work.append((sequence, num_tokens))
-            budget -= num_tokens
+            matched = self._pool.match(hashes)
+            sequence.awaited_hash = next(iter(hashes[len(matched) :]), None)
+            if sequence.awaited_hash is not None and sequence.awaited_hash in self._promised:
+                self._pool.release(matched)
+                continue
+            if not self._equip(sequence, matched):
+                return
+            if sequence.is_import:
+                sequence.promise_end_s = plan.now_s + _IMPORT_PATIENCE_S
+            plan.admitted.append(sequence)
 
-    def _equip(self, sequence: Sequence) -> bool:
-        """Cached and new blocks for all known tokens, leaving one to grow into for every running sequence."""
-        hashes = sequence.matchable_hashes() if self._limits.enable_prefix_cache else []
-        matched = self._pool.match(hashes)
+    def _equip(self, sequence: Sequence, matched: list[BlockId]) -> bool:
+        """Admit with blocks for all known tokens, if they leave one to grow into for every running sequence."""
         num_missing = sequence.num_blocks_wanted - len(matched)
-        headroom = sum(1 for _ in self._growing())
-        if num_missing + headroom > self._pool.num_available:
+        if num_missing + self._num_growing > self._pool.num_available:
             self._pool.release(matched)
             return False
         sequence.adopt(matched, self._pool.allocate(num_missing))
+        self._waiting.remove(sequence)
+        if self._limits.enable_prefix_cache:
+            self._promised.promise(sequence, sequence.full_hashes()[len(matched) :])
+        if sequence.is_import:
+            sequence.stage = Stage.IMPORTING
+            self._importing.append(sequence)
+        else:
+            self._run(sequence)
         return True
 
-    def _grow(self, sequence: Sequence) -> bool:
-        """One more block if the next token needs it; False if the sequence itself was preempted for it."""
+    def _grow(self, sequence: Sequence, plan: Plan) -> bool:
+        """One more block if the next token needs it, for which the sequence itself may be preempted.
+
+        Returns:
+            Whether that was settled; if not, the plan is short.
+        """
         while len(sequence.block_ids) < sequence.num_blocks_wanted:
             if self._pool.num_available:
-                sequence.block_ids += self._pool.allocate(1)
-                sequence.progress.new_blocks += 1
+                sequence.extend(self._pool.allocate(1))
                 continue
             victim = max(self._growing(), key=_arrival)
+            if victim.num_flights:
+                plan.is_short = True
+                return False
             self.requeue(victim)
             self.num_preemptions += 1
             if victim is sequence:
-                return False
+                return True
         return True
+
+    @property
+    def _num_growing(self) -> int:
+        return sum(1 for _ in self._growing())
 
     def _growing(self) -> Iterator[Sequence]:
         return (sequence for sequence in self._running if sequence.is_preemptible)

@@ -1,4 +1,4 @@
-"""One request inside the engine: its tokens, its blocks, and where it is in its life.
+"""One request inside the engine: its blocks, the steps it takes part in, and where it is in its life.
 
     WAITING ──admit──► RUNNING ──────────────► ENDED
        │                 │  ▲ ▲                  ▲
@@ -7,22 +7,25 @@
        └──reserve──► IMPORTING ─► RUNNING        │ end_import
                          └─ abort ─► QUARANTINED ┘
 
+A launched step is in flight until its tokens are known. What would be ENDED before that is RETIRING instead, until
+its last step has landed.
+
 Holds facts and derives others from them; decides nothing about other sequences.
 """
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-import numpy as np
-import numpy.typing as npt
-
-from kelp.core.hashing import child_hash, sequence_hashes
 from kelp.core.types import BlockId, FinishReason, Role, SequenceHash, num_blocks_for
 from kelp.executor.base import ExecutorRequest
-from kelp.executor.torch.batch import Chunk, SamplePoint
+from kelp.executor.torch.batch import Chunk, Sampled, SamplePoint
+from kelp.executor.torch.drafts import Acceptance
 from kelp.executor.torch.guide import Guide
+from kelp.executor.torch.history import History, SequenceRules
+from kelp.executor.torch.progress import Progress
 
 
 class Stage(enum.Enum):
@@ -33,32 +36,8 @@ class Stage(enum.Enum):
     RUNNING = "running"
     LEASED = "leased"
     QUARANTINED = "quarantined"
+    RETIRING = "retiring"
     ENDED = "ended"
-
-
-@dataclass(slots=True)
-class Progress:
-    """What the worker reports about a request: counts for `RequestUsage`, stamps for `RequestTimings`."""
-
-    arrival_ns: int
-    first_scheduled_ns: int = 0
-    prefill_done_ns: int = 0
-    transfer_start_ns: int = 0
-    transfer_done_ns: int = 0
-    first_token_ns: int = 0
-    last_token_ns: int = 0
-    cached_tokens: int = 0
-    new_blocks: int = 0
-    reused_blocks: int = 0
-    transferred_blocks: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class SequenceRules:
-    """What is equal for all sequences of one engine."""
-
-    block_size: int
-    eos_token_ids: tuple[int, ...]
 
 
 @dataclass(slots=True, eq=False)
@@ -67,12 +46,18 @@ class Sequence:
 
     Attributes:
         arrival: Rank by arrival; the lowest is served first and preempted last.
-        num_tokens: Prompt plus generated tokens.
-        num_computed: Positions whose KV is in the blocks.
+        guide: Restricts the output; None for a free one.
+        history: Its tokens.
+        num_foreseen: Tokens behind the known ones that steps in flight will yield.
+        num_launched: Positions whose KV is in the blocks or being computed by a step in flight.
+        num_computed: Positions whose KV is in the blocks for good.
+        num_flights: Steps in flight that it takes part in.
         num_announced: Prompt blocks reported through `Prefilled`.
-        is_import: The prompt's KV comes from a peer; False again once `fail_import` was called.
+        is_import: The prompt's KV comes from a peer; False again once it came or `fail_import` was called.
         is_export_released: `release_export` came while the sequence ran.
-        guide: Restricts the output; has accepted the tokens generated so far.
+        acceptance: How well its drafts do.
+        awaited_hash: The block that it lets another sequence compute.
+        promise_end_s: How long others wait for the blocks that it imports; None if they do not.
     """
 
     request: ExecutorRequest
@@ -80,29 +65,25 @@ class Sequence:
     rules: SequenceRules
     progress: Progress
     guide: Guide | None = None
+    history: History = field(init=False)
     stage: Stage = Stage.WAITING
     is_import: bool = False
     is_export_released: bool = False
-    num_tokens: int = 0
+    num_foreseen: int = 0
+    num_launched: int = 0
     num_computed: int = 0
+    num_flights: int = 0
     num_announced: int = 0
     block_ids: list[BlockId] = field(default_factory=list)
+    acceptance: Acceptance = field(default_factory=Acceptance)
+    awaited_hash: SequenceHash | None = None
+    promise_end_s: float | None = None
     _num_sealed: int = 0
-    _tokens: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
-    _hashes: list[SequenceHash] = field(default_factory=list)
-    _stop_token_ids: frozenset[int] = frozenset()
+    _token_source: int = 0
 
     def __post_init__(self) -> None:
-        sampling = self.request.sampling
-        prompt = self.request.prompt
         self.is_import = self.request.role is Role.DECODE
-        self.num_tokens = len(prompt)
-        num_to_come = 1 if self.is_prefill_only else self.request.num_tokens_to_come
-        self._tokens = np.empty(len(prompt) + num_to_come, np.int32)
-        self._tokens[: len(prompt)] = prompt
-        self._hashes = sequence_hashes(prompt, self.rules.block_size, self.request.seed_hash)
-        eos = () if sampling.ignore_eos else self.rules.eos_token_ids
-        self._stop_token_ids = frozenset((*eos, *sampling.stop_token_ids))
+        self.history = History(self.request, self.rules, self.guide)
 
     @property
     def is_prefill_only(self) -> bool:
@@ -110,9 +91,19 @@ class Sequence:
         return self.request.role is Role.PREFILL
 
     @property
+    def is_live(self) -> bool:
+        """Whether its request still goes on."""
+        return self.stage in (Stage.WAITING, Stage.IMPORTING, Stage.RUNNING)
+
+    @property
     def is_preemptible(self) -> bool:
         """Whether its blocks may be taken away: no peer reads or writes them."""
         return self.stage is Stage.RUNNING and not self.is_prefill_only
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt plus generated tokens."""
+        return self.history.num_tokens
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -121,18 +112,23 @@ class Sequence:
 
     @property
     def num_pending(self) -> int:
-        """Known tokens whose KV is not computed yet; 1 while decoding."""
-        return self.num_tokens - self.num_computed
+        """Known or foreseen tokens whose KV no step computes yet; 1 while decoding, 0 if that depends on a flight."""
+        return self.num_tokens + self.num_foreseen - self.num_launched
+
+    @property
+    def num_draftable(self) -> int:
+        """Most drafts of use: with the token that follows them they reach the sequence's greatest length."""
+        return self.history.max_tokens - self.num_tokens - 1
 
     @property
     def is_prompt_computed(self) -> bool:
-        """Whether the whole prompt's KV is in the blocks."""
+        """Whether the whole prompt's KV is in the blocks for good."""
         return self.num_computed >= self.num_prompt_tokens
 
     @property
     def num_blocks_wanted(self) -> int:
-        """Blocks that all known tokens need; of an import, its prompt."""
-        return num_blocks_for(self.num_tokens, self.rules.block_size)
+        """Blocks that all known and foreseen tokens need; of an import, its prompt."""
+        return num_blocks_for(self.num_tokens + self.num_foreseen, self.rules.block_size)
 
     def matchable_hashes(self) -> list[SequenceHash]:
         """Names of the blocks that need not be computed if the cache has them.
@@ -140,27 +136,42 @@ class Sequence:
         An import needs no logits, so all full blocks count; otherwise at least the last token is computed.
         """
         num_positions = self.num_tokens if self.is_import else self.num_tokens - 1
-        return self._hashes_until(num_positions // self.rules.block_size)
+        return self.history.block_hashes(num_positions // self.rules.block_size)
+
+    def full_hashes(self) -> list[SequenceHash]:
+        """Names of the full blocks of known tokens."""
+        return self.history.block_hashes(self.num_tokens // self.rules.block_size)
 
     def adopt(self, matched: list[BlockId], allocated: list[BlockId]) -> None:
         """Start with cached blocks followed by empty ones."""
         assert not self.block_ids
         self.block_ids = [*matched, *allocated]
         self._num_sealed = len(matched)
-        self.num_computed = len(matched) * self.rules.block_size
+        self.num_computed = self.num_launched = len(matched) * self.rules.block_size
+        self.progress.new_blocks += len(allocated)
+
+    def extend(self, allocated: list[BlockId]) -> None:
+        """Go on with more empty blocks."""
+        self.block_ids += allocated
         self.progress.new_blocks += len(allocated)
 
     def surrender(self) -> list[BlockId]:
         """Drop the blocks and everything computed in them; the caller gives them back."""
+        assert not self.num_flights
         block_ids, self.block_ids = self.block_ids, []
-        self.num_computed = 0
+        self.num_computed = self.num_launched = 0
         self._num_sealed = 0
         return block_ids
+
+    def import_prompt(self) -> None:
+        """A peer has put the whole prompt's KV into the blocks."""
+        self.is_import = False
+        self.num_computed = self.num_launched = self.num_prompt_tokens
 
     def take_sealable(self) -> list[tuple[BlockId, SequenceHash]]:
         """Full blocks whose KV became final since the last call, with their names."""
         num_full = self.num_computed // self.rules.block_size
-        hashes = self._hashes_until(num_full)
+        hashes = self.history.block_hashes(num_full)
         first, self._num_sealed = self._num_sealed, num_full
         return [(self.block_ids[index], hashes[index]) for index in range(first, num_full)]
 
@@ -172,46 +183,59 @@ class Sequence:
         first, self.num_announced = self.num_announced, num_final
         return self.block_ids[first:num_final]
 
-    def chunk(self, num_tokens: int) -> Chunk:
-        """The next `num_tokens` pending tokens as work for a step."""
-        end = self.num_computed + num_tokens
-        return Chunk(
-            tokens=self._tokens[self.num_computed : end],
-            start=self.num_computed,
-            block_ids=self.block_ids,
-            samples=(self._sample_point(),) if end == self.num_tokens else (),
-            lora_name=self.request.lora_name,
-        )
+    def launch(self, num_tokens: int, num_drafts: int, num_samples_before: int) -> Chunk:
+        """The next pending tokens as work for a step, which is in flight from now on.
 
-    def append(self, token_id: int) -> FinishReason | None:
-        """Add a generated token.
+        Args:
+            num_tokens: How many, drafts not included.
+            num_drafts: How many drafts to verify behind them; cut where the guide refuses one.
+            num_samples_before: Sample points of the same step that come first.
+        """
+        start, end = self.num_launched, self.num_launched + num_tokens
+        is_foreseen = end > self.num_tokens
+        points: tuple[SamplePoint, ...] = ()
+        if end == self.num_tokens + self.num_foreseen:
+            points = self.history.sample_points(end, num_drafts)
+            end += len(points) - 1
+        chunk = Chunk(
+            tokens=self.history.inputs(start, end),
+            start=start,
+            block_ids=self.block_ids,
+            samples=points,
+            lora_name=self.request.lora_name,
+            token_source=self._token_source if is_foreseen else None,
+        )
+        self.num_launched = end
+        self.num_flights += 1
+        self.num_foreseen += self._is_followed(chunk)
+        self._token_source = num_samples_before
+        return chunk
+
+    def land(self, chunk: Chunk, sampled: Iterable[Sampled]) -> tuple[list[Sampled], FinishReason | None]:
+        """Take what a step says of this sequence.
+
+        Args:
+            chunk: From `launch`; chunks land in the order of their launches.
+            sampled: One per sample point of the chunk.
 
         Returns:
-            Why the sequence ends with it, or None if it goes on.
+            The new tokens: what was sampled up to the first wrong draft or the end; and the reason if it is the end.
         """
-        self._tokens[self.num_tokens] = token_id
-        self.num_tokens += 1
-        if self.guide is not None:
-            self.guide.accept(token_id)
-        sampling = self.request.sampling
-        num_generated = self.num_tokens - self.request.num_original_tokens
-        if token_id in self._stop_token_ids and num_generated >= sampling.min_tokens:
-            return FinishReason.STOP
-        return FinishReason.LENGTH if num_generated >= sampling.max_tokens else None
+        accepted: list[Sampled] = []
+        reason: FinishReason | None = None
+        num_drafts = chunk.num_drafts
+        self.num_foreseen -= self._is_followed(chunk)
+        for index, choice in enumerate(sampled):
+            is_draft_right = index < num_drafts and self.history.is_draft(choice.token_id)
+            reason = self.history.append(choice.token_id)
+            accepted.append(choice)
+            if reason is not None or not is_draft_right:
+                break
+        self.num_computed = chunk.start + len(chunk.tokens) - num_drafts + max(0, len(accepted) - 1)
+        if num_drafts:
+            self.num_launched = self.num_computed
+        return accepted, reason
 
-    def _sample_point(self) -> SamplePoint:
-        return SamplePoint(
-            params=self.request.sampling,
-            tokens=self._tokens[: self.num_tokens],
-            num_prompt_tokens=self.request.num_original_tokens,
-            stop_token_ids=self._stop_token_ids,
-            allowed=self.guide.allowed(())[0] if self.guide is not None else None,
-        )
-
-    def _hashes_until(self, num_blocks: int) -> list[SequenceHash]:
-        size = self.rules.block_size
-        while len(self._hashes) < num_blocks:
-            start = len(self._hashes) * size
-            parent = self._hashes[-1] if self._hashes else self.request.seed_hash
-            self._hashes.append(child_hash(parent, self._tokens[start : start + size]))
-        return self._hashes[:num_blocks]
+    def _is_followed(self, chunk: Chunk) -> bool:
+        """Whether a launched chunk yields exactly one more token, and not the last that there may be."""
+        return len(chunk.samples) == 1 and chunk.start + len(chunk.tokens) + 1 < self.history.max_tokens

@@ -1,133 +1,131 @@
-"""Llama weights from safetensors files, in the shape that the forward pass wants them.
+"""Which checkpoint tensors make up a decoder, fused as the forward pass wants them.
 
-Files are memory-mapped; what need not be fused or converted stays a view of the page cache. Tied embeddings are
-one tensor.
+Reads one part at a time and keeps nothing: what is done with a part, and when its raw tensors may go, is the
+caller's business.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from kelp.core.errors import ConfigError
-from kelp.executor.torch.model_config import LlamaConfig
-
-_INDEX = "model.safetensors.index.json"
+from kelp.executor.torch.decoder_config import DecoderConfig, ExpertsConfig
+from kelp.executor.torch.tensor_files import TensorFiles
 
 
 @dataclass(frozen=True, slots=True)
-class LayerWeights:
-    """One decoder layer; all projections `[out, in]`.
+class Projection:
+    """`weight` `[out, in]`, several of them stacked along `out`; `bias` `[out]`."""
 
-    Attributes:
-        qkv: Query, key and value projections stacked along `out`.
-        gate_up: Gate and up projections stacked along `out`.
-    """
-
-    input_norm: torch.Tensor
-    qkv: torch.Tensor
-    attention_out: torch.Tensor
-    mlp_norm: torch.Tensor
-    gate_up: torch.Tensor
-    mlp_down: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class LlamaWeights:
-    """A whole model; `lm_head` is `embedding` itself where the model ties them."""
+class MlpWeights:
+    """One gated MLP; `gate_up` is gate, then up."""
 
-    embedding: torch.Tensor
-    layers: tuple[LayerWeights, ...]
-    final_norm: torch.Tensor
-    lm_head: torch.Tensor
+    gate_up: Projection
+    down: Projection
 
 
-def load_weights(folder: Path, config: LlamaConfig, dtype: torch.dtype, device: torch.device) -> LlamaWeights:
-    """Load from `model.safetensors`, or from the shards of `model.safetensors.index.json`.
+class Checkpoint:
+    """Tensors by their role, converted and placed.
 
-    Raises:
-        ConfigError: A file or tensor is missing, damaged or of another shape than config.json says.
+    Every method raises `ConfigError` naming a tensor that is missing or of another shape than config.json says.
     """
-    with ExitStack() as stack:
-        source = _Source(_open_files(folder, stack), dtype, device)
-        hidden = config.hidden_size
-        embedding = source.get("model.embed_tokens.weight", config.vocab_size, hidden)
-        lm_head = embedding
-        if not config.has_tied_embeddings:
-            lm_head = source.get("lm_head.weight", config.vocab_size, hidden)
-        return LlamaWeights(
-            embedding=embedding,
-            layers=tuple(_layer(source, config, index) for index in range(config.num_layers)),
-            final_norm=source.get("model.norm.weight", hidden),
-            lm_head=lm_head,
-        )
 
-
-class _Source:
-    """Named tensors of all files, checked, converted and placed."""
-
-    def __init__(self, files: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, files: TensorFiles, config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> None:
         self._files = files
+        self._config = config
         self._dtype = dtype
         self._device = device
 
-    def get(self, name: str, *shape: int) -> torch.Tensor:
-        if name not in self._files:
-            raise ConfigError(f"model.path: tensor {name} is missing")
-        tensor: torch.Tensor = self._files[name].get_tensor(name)
-        if tuple(tensor.shape) != shape:
-            raise ConfigError(f"model.path: tensor {name} is {list(tensor.shape)}, config.json says {list(shape)}")
+    def embedding(self) -> torch.Tensor:
+        """`[vocab_size, hidden_size]`."""
+        return self._get("model.embed_tokens.weight", self._config.vocab_size, self._config.hidden_size)
+
+    def lm_head(self) -> torch.Tensor:
+        """`[vocab_size, hidden_size]`; for models whose embeddings are not tied."""
+        return self._get("lm_head.weight", self._config.vocab_size, self._config.hidden_size)
+
+    def final_norm(self) -> torch.Tensor:
+        """`[hidden_size]`."""
+        return self._get("model.norm.weight", self._config.hidden_size)
+
+    def layer_norm(self, layer: int, name: str) -> torch.Tensor:
+        """`[hidden_size]`, by its name in the checkpoint."""
+        return self._get(f"model.layers.{layer}.{name}.weight", self._config.hidden_size)
+
+    def head_norm(self, layer: int, name: str) -> torch.Tensor:
+        """`[head_dim]`, by its name in the checkpoint."""
+        return self._get(f"model.layers.{layer}.self_attn.{name}.weight", self._config.head_dim)
+
+    def qkv(self, layer: int) -> Projection:
+        """Query, key and value projection."""
+        config = self._config
+        prefix = f"model.layers.{layer}.self_attn"
+        query_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        parts = [
+            self._projection(f"{prefix}.q_proj", query_size, config.hidden_size, config.has_qkv_bias),
+            self._projection(f"{prefix}.k_proj", kv_size, config.hidden_size, config.has_qkv_bias),
+            self._projection(f"{prefix}.v_proj", kv_size, config.hidden_size, config.has_qkv_bias),
+        ]
+        return _stack(parts)
+
+    def attention_out(self, layer: int) -> Projection:
+        """Output projection of the attention."""
+        config = self._config
+        name = f"model.layers.{layer}.self_attn.o_proj"
+        return self._projection(name, config.hidden_size, config.num_heads * config.head_dim, config.has_output_bias)
+
+    def mlp(self, layer: int) -> MlpWeights:
+        """The layer's dense MLP."""
+        prefix = f"model.layers.{layer}.mlp"
+        names = (f"{prefix}.gate_proj", f"{prefix}.up_proj", f"{prefix}.down_proj")
+        return self._mlp(names, self._config.intermediate_size, self._config.has_mlp_bias)
+
+    def router(self, layer: int, experts: ExpertsConfig) -> torch.Tensor:
+        """`[num_experts, hidden_size]`."""
+        return self._get(f"{self._experts_prefix(layer)}.gate.weight", experts.num_experts, self._config.hidden_size)
+
+    def expert(self, layer: int, index: int, experts: ExpertsConfig) -> MlpWeights:
+        """One expert, whichever way the checkpoint holds it: by itself, or as a slice of all."""
+        prefix = f"{self._experts_prefix(layer)}.experts"
+        if f"{prefix}.gate_up_proj" in self._files:
+            count, inner, hidden = experts.num_experts, experts.intermediate_size, self._config.hidden_size
+            gate_up = self._files.get(f"{prefix}.gate_up_proj", count, 2 * inner, hidden)[index]
+            down = self._files.get(f"{prefix}.down_proj", count, hidden, inner)[index]
+            return MlpWeights(Projection(self._placed(gate_up)), Projection(self._placed(down)))
+        own = f"{prefix}.{index}"
+        names = (f"{own}.gate_proj", f"{own}.up_proj", f"{own}.down_proj")
+        if f"{own}.w1.weight" in self._files:
+            names = (f"{own}.w1", f"{own}.w3", f"{own}.w2")
+        return self._mlp(names, experts.intermediate_size, has_bias=False)
+
+    def _experts_prefix(self, layer: int) -> str:
+        """Mixtral's checkpoints have a name of their own."""
+        mixtral = f"model.layers.{layer}.block_sparse_moe"
+        return mixtral if f"{mixtral}.gate.weight" in self._files else f"model.layers.{layer}.mlp"
+
+    def _mlp(self, names: tuple[str, str, str], inner: int, has_bias: bool) -> MlpWeights:
+        gate, up, down = names
+        hidden = self._config.hidden_size
+        parts = [self._projection(name, inner, hidden, has_bias) for name in (gate, up)]
+        return MlpWeights(_stack(parts), self._projection(down, hidden, inner, has_bias))
+
+    def _projection(self, name: str, num_out: int, num_in: int, has_bias: bool) -> Projection:
+        weight = self._get(f"{name}.weight", num_out, num_in)
+        return Projection(weight, self._get(f"{name}.bias", num_out) if has_bias else None)
+
+    def _get(self, name: str, *shape: int) -> torch.Tensor:
+        return self._placed(self._files.get(name, *shape))
+
+    def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(device=self._device, dtype=self._dtype)
 
 
-def _layer(source: _Source, config: LlamaConfig, index: int) -> LayerWeights:
-    prefix = f"model.layers.{index}"
-    hidden, inner = config.hidden_size, config.intermediate_size
-    query_size = config.num_heads * config.head_dim
-    kv_size = config.num_kv_heads * config.head_dim
-    qkv = [
-        source.get(f"{prefix}.self_attn.q_proj.weight", query_size, hidden),
-        source.get(f"{prefix}.self_attn.k_proj.weight", kv_size, hidden),
-        source.get(f"{prefix}.self_attn.v_proj.weight", kv_size, hidden),
-    ]
-    gate_up = [source.get(f"{prefix}.mlp.{part}_proj.weight", inner, hidden) for part in ("gate", "up")]
-    return LayerWeights(
-        input_norm=source.get(f"{prefix}.input_layernorm.weight", hidden),
-        qkv=torch.cat(qkv),
-        attention_out=source.get(f"{prefix}.self_attn.o_proj.weight", hidden, query_size),
-        mlp_norm=source.get(f"{prefix}.post_attention_layernorm.weight", hidden),
-        gate_up=torch.cat(gate_up),
-        mlp_down=source.get(f"{prefix}.mlp.down_proj.weight", hidden, inner),
-    )
-
-
-def _open_files(folder: Path, stack: ExitStack) -> dict[str, Any]:
-    """Which open file holds each tensor."""
-    files: dict[str, Any] = {}
-    for name in _file_names(folder):
-        try:
-            file = stack.enter_context(safe_open(folder / name, framework="pt"))
-        except (OSError, SafetensorError) as error:
-            raise ConfigError(f"model.path: {folder / name}: {error}") from None
-        files.update(dict.fromkeys(file.keys(), file))
-    return files
-
-
-def _file_names(folder: Path) -> list[str]:
-    index = folder / _INDEX
-    if not index.exists():
-        return ["model.safetensors"]
-    try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise ConfigError(f"model.path: {index}: no weight map: {error!r}") from None
-    if any(Path(name).name != name for name in names):
-        raise ConfigError(f"model.path: {index}: a shard lies outside the folder")
-    return names
+def _stack(parts: list[Projection]) -> Projection:
+    biases = [part.bias for part in parts if part.bias is not None]
+    return Projection(torch.cat([part.weight for part in parts]), torch.cat(biases) if biases else None)

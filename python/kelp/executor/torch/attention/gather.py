@@ -1,11 +1,12 @@
-"""Attention over the block-contiguous KV pool `[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]`.
+"""Attention that first copies the KV it reads: runs on any device, in any dtype.
 
-Seen flat, the pool is a matrix whose row `((block * num_layers + layer) * 2 + k_or_v) * num_kv_heads + head` holds
-one head's `block_size * head_dim` numbers. A gather of such rows in (sequence, head, block) order yields K or V as
-attention wants it in a single copy, and the same row list serves every layer by adding a constant.
+Seen flat, the pool `[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]` is a matrix whose row
+`((block * num_layers + layer) * 2 + k_or_v) * num_kv_heads + head` holds one head's `block_size * head_dim` numbers.
+A gather of such rows in (K or V, sequence, head, block) order yields both as attention wants them in a single copy.
+Row numbers are those of layer 0; another layer reads the same rows of a view that starts later.
 
-Decode rows are batched, grouped by similar length and padded; the query heads that share a KV head become query
-length, which reads K and V once. Prefill chunks run one by one.
+Chunks of a few tokens (decoding, drafts) are batched, grouped by similar length and padded; the query heads that
+share a KV head become query rows, which reads K and V once. Longer chunks run one by one.
 """
 
 from __future__ import annotations
@@ -17,54 +18,64 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
-from kelp.core.types import BlockId, num_blocks_for
+from kelp.core.types import num_blocks_for
 from kelp.executor.torch.attention.base import AttentionShape
+from kelp.executor.torch.attention.dense import attend_group, attend_span, uses_products
 from kelp.executor.torch.batch import Chunk
 
 _MIN_GROUP_BLOCKS = 8
 """Sequences up to this long share a group, whatever the padding."""
 
+_MAX_GROUP_TOKENS = 16
+"""Longer chunks are worth attending alone."""
+
 
 @dataclass(frozen=True, slots=True)
-class DecodeGroup:
-    """Single-token chunks of similar length.
+class Group:
+    """Chunks of equally many tokens and similar length.
 
     Attributes:
-        rows: `[num_rows] int64`, their rows in the batch.
-        pool_rows: `[num_rows * num_kv_heads * num_blocks] int64`, layer 0, K; padded with block 0.
-        mask: `[num_rows, 1, 1, num_blocks * block_size] bool`, True where there is KV.
+        rows: `[num_chunks * num_tokens] int64`, their rows in the batch; None if they are the whole batch in order.
+        num_chunks: How many there are.
+        pool_rows: `[2 * num_chunks * num_kv_heads * num_blocks] int64`, layer 0; padded with block 0.
+        num_positions: How many of the gathered positions attention looks at, at least the longest sequence's.
+        masks: By window, what to add to scores: `[num_chunks, 1, num_tokens, 1, num_positions]` fp32, or None if all
+            is seen.
     """
 
-    rows: torch.Tensor
+    rows: torch.Tensor | None
+    num_chunks: int
     pool_rows: torch.Tensor
-    mask: torch.Tensor
+    num_positions: int
+    masks: dict[int | None, torch.Tensor | None]
 
 
 @dataclass(frozen=True, slots=True)
-class PrefillSpan:
-    """Batch rows `[first_row, end_row)` of one sequence; `pool_rows` and `mask` only if KV precedes them.
+class Span:
+    """Batch rows `[first_row, end_row)` of one sequence, of which `num_positions` are known by then.
 
     Attributes:
-        pool_rows: `[num_kv_heads * num_blocks] int64`, layer 0, K.
-        mask: `[end_row - first_row, num_blocks * block_size] bool`.
+        pool_rows: `[2 * num_kv_heads * num_blocks] int64`, layer 0.
     """
 
     first_row: int
     end_row: int
-    pool_rows: torch.Tensor | None
-    mask: torch.Tensor | None
+    pool_rows: torch.Tensor
+    num_positions: int
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionPlan:
-    """One step's work, equal for all layers; `blocks` and `offsets` `[num_tokens] int64` say where KV goes."""
+class GatherPlan:
+    """One step's work, equal for all layers.
 
-    blocks: torch.Tensor
-    offsets: torch.Tensor
-    decodes: tuple[DecodeGroup, ...]
-    prefills: tuple[PrefillSpan, ...]
+    Attributes:
+        token_rows: `[num_tokens * 2 * num_kv_heads] int64`, rows of `head_dim` numbers that new KV goes to, layer 0.
+    """
+
+    token_rows: torch.Tensor
+    groups: tuple[Group, ...]
+    spans: tuple[Span, ...]
 
 
 class GatherAttention:
@@ -72,117 +83,128 @@ class GatherAttention:
 
     def __init__(self, pool: torch.Tensor, shape: AttentionShape) -> None:
         """Args: `pool` as the module docstring says, contiguous."""
-        self._pool = pool
-        self._shape = shape
         _, self._num_layers, _, self._num_kv_heads, self._block_size, self._head_dim = pool.shape
-        self._rows = pool.view(-1, self._block_size * self._head_dim)
+        self._shape = shape
+        self._device = pool.device
+        heads = 2 * self._num_kv_heads
+        rows = pool.view(-1, self._block_size * self._head_dim)
+        tokens = pool.view(-1, self._head_dim)
+        self._rows = [rows[layer * heads :] for layer in range(self._num_layers)]
+        self._tokens = [tokens[layer * heads * self._block_size :] for layer in range(self._num_layers)]
 
-    def plan(self, chunks: Sequence[Chunk]) -> AttentionPlan:
+    def plan(self, chunks: Sequence[Chunk]) -> GatherPlan:
         """See `Attention`."""
-        blocks: list[npt.NDArray[np.int64]] = []
-        offsets: list[npt.NDArray[np.int64]] = []
-        groups: dict[int, list[tuple[int, Chunk]]] = defaultdict(list)
-        prefills: list[PrefillSpan] = []
+        members: dict[tuple[int, int], list[tuple[int, Chunk]]] = defaultdict(list)
+        spans: list[Span] = []
         row = 0
         for chunk in chunks:
             num_tokens = len(chunk.tokens)
-            positions = np.arange(chunk.start, chunk.start + num_tokens)
-            blocks.append(np.asarray(chunk.block_ids, np.int64)[positions // self._block_size])
-            offsets.append(positions % self._block_size)
-            if num_tokens == 1:
-                num_blocks = num_blocks_for(chunk.start + 1, self._block_size)
-                groups[max(_MIN_GROUP_BLOCKS, num_blocks).bit_length()].append((row, chunk))
+            if num_tokens <= _MAX_GROUP_TOKENS:
+                num_blocks = num_blocks_for(chunk.start + num_tokens, self._block_size)
+                members[num_tokens, max(_MIN_GROUP_BLOCKS, num_blocks).bit_length()].append((row, chunk))
             else:
-                prefills.append(self._prefill_span(chunk, row))
+                spans.append(self._span(chunk, row))
             row += num_tokens
-        return AttentionPlan(
-            blocks=self._index(np.concatenate(blocks)),
-            offsets=self._index(np.concatenate(offsets)),
-            decodes=tuple(self._decode_group(members) for members in groups.values()),
-            prefills=tuple(prefills),
+        return GatherPlan(
+            token_rows=self._token_rows(chunks),
+            groups=tuple(self._group(group, row) for group in members.values()),
+            spans=tuple(spans),
         )
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: AttentionPlan
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: GatherPlan
     ) -> torch.Tensor:
         """See `Attention`."""
-        for half, tensor in ((0, key), (1, value)):
-            self._pool[:, layer, half].permute(0, 2, 1, 3)[plan.blocks, plan.offsets] = tensor
+        new = torch.cat((key, value), dim=1).view(-1, self._head_dim)
+        self._tokens[layer].index_copy_(0, plan.token_rows, new)
+        if len(plan.groups) == 1 and plan.groups[0].rows is None:
+            return self._attend_group(layer, query, plan.groups[0])
         out = query.new_empty(query.shape)
-        for group in plan.decodes:
-            out[group.rows] = self._decode(layer, query[group.rows], group)
-        for span in plan.prefills:
-            rows = slice(span.first_row, span.end_row)
-            out[rows] = self._prefill(layer, query[rows], (key[rows], value[rows]), span)
+        for group in plan.groups:
+            out[group.rows] = self._attend_group(layer, query[group.rows], group).view(-1, *query.shape[1:])
+        for span in plan.spans:
+            out[span.first_row : span.end_row] = self._attend_span(layer, query[span.first_row : span.end_row], span)
         return out.flatten(1)
 
-    def _decode(self, layer: int, query: torch.Tensor, group: DecodeGroup) -> torch.Tensor:
-        num_rows, num_heads, head_dim = query.shape
-        key, value = self._gather(layer, group.pool_rows, num_rows)
-        folded = query.reshape(num_rows, self._num_kv_heads, num_heads // self._num_kv_heads, head_dim)
-        out = scaled_dot_product_attention(folded, key, value, attn_mask=group.mask, scale=self._shape.scale)
-        return out.reshape(num_rows, num_heads, head_dim)
+    def _attend_group(self, layer: int, query: torch.Tensor, group: Group) -> torch.Tensor:
+        """`[num_chunks * num_tokens, num_heads * head_dim]`."""
+        num_chunks, num_heads = group.num_chunks, query.shape[1]
+        key, value = self._gather(layer, group.pool_rows, num_chunks, group.num_positions)
+        share = num_heads // self._num_kv_heads
+        by_head = query.view(num_chunks, -1, self._num_kv_heads, share, self._head_dim).transpose(1, 2)
+        mask = group.masks[self._shape.windows[layer]]
+        if mask is not None and by_head.shape[2] > 1:
+            mask = mask.expand(-1, -1, -1, share, -1).flatten(2, 3)
+        elif mask is not None:
+            mask = mask[:, :, 0]
+        out = attend_group(by_head.flatten(2, 3), key, value, mask, self._shape.scale)
+        return out.view(by_head.shape).transpose(1, 2).reshape(len(query), -1)
 
-    def _prefill(
-        self, layer: int, query: torch.Tensor, own: tuple[torch.Tensor, torch.Tensor], span: PrefillSpan
-    ) -> torch.Tensor:
-        if span.pool_rows is None:
-            key, value = (part.transpose(0, 1)[None] for part in own)
-        else:
-            key, value = self._gather(layer, span.pool_rows, 1)
-        out = scaled_dot_product_attention(
-            query.transpose(0, 1)[None],
-            key,
-            value,
-            attn_mask=span.mask,
-            is_causal=span.mask is None,
-            scale=self._shape.scale,
-            enable_gqa=query.shape[1] != self._num_kv_heads,
-        )
-        return out[0].transpose(0, 1)
+    def _attend_span(self, layer: int, query: torch.Tensor, span: Span) -> torch.Tensor:
+        key, value = self._gather(layer, span.pool_rows, 1, span.num_positions)
+        return attend_span(query, key[0], value[0], self._shape.scale, self._shape.windows[layer])
 
-    def _gather(self, layer: int, pool_rows: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V `[num_rows, num_kv_heads, num_blocks * block_size, head_dim]`."""
-        shape = (num_rows, self._num_kv_heads, -1, self._head_dim)
-        first = layer * 2 * self._num_kv_heads
-        key = self._rows.index_select(0, pool_rows + first)
-        value = self._rows.index_select(0, pool_rows + (first + self._num_kv_heads))
-        return key.view(shape), value.view(shape)
+    def _gather(
+        self, layer: int, pool_rows: torch.Tensor, num_chunks: int, num_positions: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V, each `[num_chunks, num_kv_heads, num_positions, head_dim]`."""
+        gathered = self._rows[layer].index_select(0, pool_rows)
+        halves = gathered.view(2, num_chunks, self._num_kv_heads, -1, self._head_dim)[..., :num_positions, :]
+        return halves[0], halves[1]
 
-    def _decode_group(self, members: list[tuple[int, Chunk]]) -> DecodeGroup:
-        lengths = np.asarray([chunk.start + 1 for _, chunk in members])
-        num_blocks = num_blocks_for(int(lengths.max()), self._block_size)
+    def _group(self, members: list[tuple[int, Chunk]], num_batch_rows: int) -> Group:
+        num_tokens = len(members[0][1].tokens)
+        ends = np.asarray([chunk.start + num_tokens for _, chunk in members])
+        num_blocks = num_blocks_for(int(ends.max()), self._block_size)
         table = np.zeros((len(members), num_blocks), np.int64)
         for line, (_, chunk) in zip(table, members, strict=True):
-            used = num_blocks_for(chunk.start + 1, self._block_size)
+            used = num_blocks_for(chunk.start + num_tokens, self._block_size)
             line[:used] = chunk.block_ids[:used]
-        mask = np.arange(num_blocks * self._block_size)[None, :] < lengths[:, None]
-        return DecodeGroup(
-            rows=self._index(np.asarray([row for row, _ in members])),
+        is_padded = uses_products(len(members) * self._num_kv_heads, self._tokens[0])
+        num_positions = num_blocks * self._block_size if is_padded else int(ends.max())
+        is_whole_batch = len(members) * num_tokens == num_batch_rows
+        first_rows = np.asarray([row for row, _ in members])
+        limits = ends[:, None] - num_tokens + np.arange(num_tokens)[None, :]
+        return Group(
+            rows=None if is_whole_batch else self._index((first_rows[:, None] + np.arange(num_tokens)).ravel()),
+            num_chunks=len(members),
             pool_rows=self._pool_rows(table),
-            mask=torch.from_numpy(mask[:, None, None, :]).to(self._pool.device),
+            num_positions=num_positions,
+            masks={window: self._mask(limits, num_positions, window) for window in set(self._shape.windows)},
         )
 
-    def _prefill_span(self, chunk: Chunk, row: int) -> PrefillSpan:
-        num_tokens = len(chunk.tokens)
-        if chunk.start == 0:
-            return PrefillSpan(row, row + num_tokens, None, None)
-        end = chunk.start + num_tokens
-        used: list[BlockId] = list(chunk.block_ids[: num_blocks_for(end, self._block_size)])
-        limits = np.arange(chunk.start, end)[:, None]
-        mask = np.arange(len(used) * self._block_size)[None, :] <= limits
-        return PrefillSpan(
-            first_row=row,
-            end_row=row + num_tokens,
-            pool_rows=self._pool_rows(np.asarray([used], np.int64)),
-            mask=torch.from_numpy(mask).to(self._pool.device),
-        )
+    def _mask(self, limits: npt.NDArray[np.int64], num_positions: int, window: int | None) -> torch.Tensor | None:
+        """`limits` `[num_chunks, num_tokens]`: the last position that each row sees."""
+        positions = np.arange(num_positions)
+        hidden = positions > limits[..., None]
+        if window is not None:
+            hidden |= positions <= limits[..., None] - window
+        if not hidden.any():
+            return None
+        mask = np.where(hidden, np.float32(-np.inf), np.float32(0))
+        return torch.from_numpy(mask[:, None, :, None, :]).to(self._device)
+
+    def _span(self, chunk: Chunk, row: int) -> Span:
+        end = chunk.start + len(chunk.tokens)
+        used = chunk.block_ids[: num_blocks_for(end, self._block_size)]
+        return Span(row, row + len(chunk.tokens), self._pool_rows(np.asarray([used], np.int64)), end)
 
     def _pool_rows(self, table: npt.NDArray[np.int64]) -> torch.Tensor:
-        """Rows of the flat pool for a block table `[num_rows, num_blocks]`, in (row, head, block) order."""
-        heads = np.arange(self._num_kv_heads)
+        """Rows of the flat pool for a block table `[num_chunks, num_blocks]`, in (half, chunk, head, block) order."""
+        heads = np.arange(2 * self._num_kv_heads).reshape(2, 1, self._num_kv_heads, 1)
         first = table * (self._num_layers * 2 * self._num_kv_heads)
-        return self._index((first[:, None, :] + heads[None, :, None]).ravel())
+        return self._index((first[None, :, None, :] + heads).ravel())
+
+    def _token_rows(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+        """Where K and V of each token go, in (token, half, head) order."""
+        starts: list[npt.NDArray[np.int64]] = []
+        for chunk in chunks:
+            positions = np.arange(chunk.start, chunk.start + len(chunk.tokens))
+            blocks = np.asarray(chunk.block_ids, np.int64)[positions // self._block_size]
+            block_tokens = self._num_layers * 2 * self._num_kv_heads * self._block_size
+            starts.append(blocks * block_tokens + positions % self._block_size)
+        heads = np.arange(2 * self._num_kv_heads) * self._block_size
+        return self._index((np.concatenate(starts)[:, None] + heads[None, :]).ravel())
 
     def _index(self, array: npt.NDArray[np.int64]) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array, np.int64)).to(self._pool.device)
+        return torch.from_numpy(np.ascontiguousarray(array, np.int64)).to(self._device)
