@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from perf.suite import Suite
-from perf.suites import serve
+from perf.suites import executor, gpu, serve
 
-SUITES: dict[str, Suite] = {suite.name: suite for suite in (serve.SUITE,)}
+SUITES: dict[str, Suite] = {suite.name: suite for suite in (serve.SUITE, executor.SUITE, gpu.SUITE)}

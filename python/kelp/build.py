@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +36,8 @@ _VIEW_REFRESHES_PER_HEARTBEAT = 4
 
 def build_preprocessor(config: KelpConfig) -> Preprocessor:
     """What the `preprocess` model runs."""
-    return Preprocessor(config.model.path, PreprocessLimits(max_model_tokens=config.executor.max_model_tokens))
+    limits = PreprocessLimits(max_model_tokens=config.executor.max_model_tokens)
+    return Preprocessor(config.model.path, limits, config.model.lora_adapters)
 
 
 def build_executor(config: KelpConfig) -> Executor:
@@ -45,7 +47,7 @@ def build_executor(config: KelpConfig) -> Executor:
 
     threads = config.executor.threads or max(1, (os.cpu_count() or 1) // config.server.workers_on_host)
     options = TorchExecutorOptions.from_config(config.executor, config.executor.device, threads)
-    return load_torch_executor(config.model.path, options)
+    return load_torch_executor(config.model.path, replace(options, lora_adapters=config.model.lora_adapters))
 
 
 def build_worker(identity: WorkerIdentity, config: KelpConfig, metrics: Metrics) -> WorkerService:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import json
 import logging
 import os
 import sys
@@ -62,19 +63,29 @@ def _sayer() -> Callable[[str], None]:
 
 
 def _effective_config(
-    config_file: Path | None, model: Path, dtype: str | None, num_blocks: int | None, settings: list[str]
+    config_file: Path | None, options: dict[str, str | None], adapters: list[str], settings: list[str]
 ) -> KelpConfig:
-    parameters = {"model.path": str(model)}
-    if dtype is not None:
-        parameters["executor.dtype"] = dtype
-    if num_blocks is not None:
-        parameters["executor.num_blocks"] = str(num_blocks)
+    parameters = {key: value for key, value in options.items() if value is not None}
+    if adapters:
+        parameters["model.lora_adapters"] = json.dumps(_adapter_folders(adapters))
     for setting in settings:
         key, separator, value = setting.partition("=")
         if not separator:
             raise ConfigError(f"--set {setting!r}: must be key=value, for example executor.block_size=32")
         parameters[key] = value
     return load_config(parameters, config_file)
+
+
+def _adapter_folders(adapters: list[str]) -> dict[str, str]:
+    folders: dict[str, str] = {}
+    for adapter in adapters:
+        name, _, folder = adapter.partition("=")
+        if not folder:
+            raise ConfigError(f"--lora {adapter!r}: must be name=folder, for example sql=/adapters/sql")
+        if name in folders:
+            raise ConfigError(f"--lora {adapter!r}: there is another adapter of that name")
+        folders[name] = str(Path(folder).resolve())
+    return folders
 
 
 def _for_run(config: KelpConfig, mode: Mode, num_workers: int, run_folder: Path, host: str) -> KelpConfig:
@@ -119,6 +130,9 @@ def serve_command(
     isolate: Annotated[bool, typer.Option("--isolate", help="One tritonserver per worker, supervised.")] = False,
     dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32.")] = None,
     num_blocks: Annotated[int | None, typer.Option(help="KV blocks per worker; 0 sizes the pool itself.")] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option("--lora", help="A LoRA adapter: name=PEFT folder; may be repeated.")
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; loopback unless asked otherwise.")] = "127.0.0.1",
     http_port: Annotated[int, typer.Option(min=1, max=65535, help="Triton's HTTP port.")] = 8000,
     grpc_port: Annotated[int, typer.Option(min=1, max=65535, help="Triton's gRPC port.")] = 8001,
@@ -136,7 +150,12 @@ def serve_command(
     run_folder = serve.make_run_folder()
     num_prefill = prefill if mode is Mode.DISAGGREGATED else 0
     try:
-        effective = _effective_config(config, folder, dtype, num_blocks, settings or [])
+        chosen = {
+            "model.path": str(folder),
+            "executor.dtype": dtype,
+            "executor.num_blocks": None if num_blocks is None else str(num_blocks),
+        }
+        effective = _effective_config(config, chosen, lora or [], settings or [])
         options = ServeOptions(
             config=_for_run(effective, mode, num_prefill + decode, run_folder, host),
             host=host,

@@ -58,12 +58,10 @@ def refused(server: KelpServer, **fields: Any) -> ServedError:
         ({**TEXT, "sampling_parameters": '{"temprature": 1}'}, "INVALID_ARGUMENT", "temprature"),
         ({**TEXT, "num_return_sequences": 17}, "INVALID_ARGUMENT", "num_return_sequences"),
         ({**TEXT, "beam_width": 4}, "NOT_SUPPORTED", "beam_width"),
-        ({**TEXT, "lora_name": "adapter"}, "NOT_SUPPORTED", "lora_name"),
-        (
-            {**TEXT, "guided_decoding_guide_type": "json", "guided_decoding_guide": "{}"},
-            "NOT_SUPPORTED",
-            "guided_decoding_guide_type",
-        ),
+        ({**TEXT, "lora_name": "adapter"}, "INVALID_ARGUMENT", "lora_name"),
+        ({**TEXT, "guided_decoding_guide_type": "regex"}, "INVALID_ARGUMENT", "guided_decoding_guide"),
+        ({**TEXT, "guided_decoding_guide": "{}"}, "INVALID_ARGUMENT", "guided_decoding_guide"),
+        ({**TEXT, "guided_decoding_guide_type": "structural_tag"}, "NOT_SUPPORTED", "guided_decoding_guide_type"),
         ({**TEXT, "image": b"png"}, "NOT_SUPPORTED", "image"),
     ],
 )

@@ -30,6 +30,7 @@ class Disturbance:
     server: KelpServer
     num_repeats: int
     max_tokens: int
+    guide: str = ""
 
     def undisturbed(self) -> Answer:
         return self.server.ask(**self._fields())
@@ -44,12 +45,14 @@ class Disturbance:
             "max_tokens": self.max_tokens,
             "ignore_eos": True,
             "cache_salt": f"kill {next(_salts)}",
+            "guided_decoding_guide_type": "regex" if self.guide else "",
+            "guided_decoding_guide": self.guide,
         }
 
 
-def decoding(server: KelpServer) -> Disturbance:
-    """Spends its time decoding."""
-    return Disturbance(server, num_repeats=1, max_tokens=50)
+def decoding(server: KelpServer, guide: str = "") -> Disturbance:
+    """Spends its time decoding; with a guide (a regex), until the output is complete."""
+    return Disturbance(server, num_repeats=1, max_tokens=150 if guide else 50, guide=guide)
 
 
 def prefilling(server: KelpServer) -> Disturbance:
@@ -63,9 +66,9 @@ def busy_decode_worker(server: KelpServer) -> str:
     return name
 
 
-def disturb_decoding(server: KelpServer, disturb: Callable[[str], None]) -> Answer:
+def disturb_decoding(server: KelpServer, disturb: Callable[[str], None], guide: str = "") -> Answer:
     """Call `disturb` with the name of the worker that decodes; the answer of the disturbed request."""
-    with decoding(server).open() as call:
+    with decoding(server, guide).open() as call:
         first = []
         while sum(len(response.token_ids) for response in first) < 5:
             first.append(call.next())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import psutil
@@ -47,6 +48,24 @@ def test_a_decode_server_killed_while_decoding_costs_no_token_and_comes_back(fle
     wait_back(fleet, killed[0], epochs[killed[0]])
     check_serving(fleet)
     assert num_regions(fleet) == regions
+
+
+def test_a_guided_answer_stays_on_its_way_when_its_decode_server_is_killed(fleet: KelpServer) -> None:
+    guide = "([0-9]{2}, ){25}done"
+    expected = decoding(fleet, guide).undisturbed()
+    assert re.fullmatch(guide, expected.text)
+    epochs = {name: record.epoch for name, record in fleet.records().items()}
+    killed: list[str] = []
+
+    def kill(worker: str) -> None:
+        killed.append(worker)
+        tritonserver_of(fleet, worker).kill()
+
+    answer = disturb_decoding(fleet, kill, guide)
+    assert answer.token_ids == expected.token_ids
+    assert (answer.text, answer.last.finish_reason) == (expected.text, "stop")
+    wait_back(fleet, killed[0], epochs[killed[0]])
+    check_serving(fleet)
 
 
 def test_a_prefill_server_killed_while_prefilling_is_done_without_and_comes_back(fleet: KelpServer) -> None:

@@ -23,6 +23,7 @@ CONFIG_ENV = "KELP_CONFIG"
 
 _Positive = Annotated[float, Field(gt=0)]
 _Port = Annotated[int, Field(ge=1, le=65535)]
+_AdapterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")]
 
 
 def default_cache_folder() -> Path:
@@ -45,6 +46,8 @@ class ModelConfig(_Group):
 
     path: Path = Field(default_factory=lambda: default_cache_folder() / "models" / "default")
     """Hugging Face folder (config.json, tokenizer.json, *.safetensors); `make setup` prepares the default."""
+    lora_adapters: dict[_AdapterName, Path] = {}
+    """PEFT folders (adapter_config.json, adapter_model.safetensors) by the name that requests give as `lora_name`."""
 
 
 class ExecutorConfig(_Group):
@@ -56,6 +59,11 @@ class ExecutorConfig(_Group):
     """Type of weights and KV."""
     device: str = "auto"
     """`auto` (CUDA where present), `cpu` or `cuda:<n>`."""
+    attention: Literal["auto", "varlen", "split-kv", "gather"] = "auto"
+    """How attention reads KV: torch's `varlen_attn`, own Triton kernels, or copies; `auto` takes what is fastest of
+    what passes a trial on the device. Another value is taken or refused at load."""
+    enable_cuda_graphs: bool = True
+    """Replay decoding steps as CUDA graphs, captured when a batch size first occurs."""
     block_size: Annotated[int, Field(ge=1, le=1024)] = 16
     """Tokens per KV block."""
     num_blocks: Annotated[int, Field(ge=0)] = 0
@@ -74,6 +82,9 @@ class ExecutorConfig(_Group):
     """CPU threads of the engine; 0 divides the cores among the workers that share them."""
     enable_prefix_cache: bool = True
     """Reuse blocks of equal prefixes."""
+    num_draft_tokens: Annotated[int, Field(ge=0, le=32)] = 4
+    """Most tokens that a step guesses ahead for a sequence that repeats earlier text; 0 for none. Fewer are tried while
+    guesses fail or many sequences run."""
 
 
 class HandoffConfig(_Group):

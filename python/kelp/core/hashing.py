@@ -21,14 +21,19 @@ HASH_VERSION = 1
 """Changes whenever equal tokens would get another name; part of the seed."""
 
 
-def seed_hash(model_id: str, lora_name: str = "", cache_salt: str = "") -> SequenceHash:
+def seed_hash(model_id: str, lora_id: str = "", cache_salt: str = "") -> SequenceHash:
     """Parent of the first block of a sequence.
 
     Fields are length-prefixed, so that no two combinations share one encoding. Empty equals absent.
+
+    Args:
+        model_id: `core.model_identity.model_identity`.
+        lora_id: `core.model_identity.lora_id`: not the name alone, because KV outlives what a name stood for.
+        cache_salt: The tenant's.
     """
     digest = hashlib.blake2b(digest_size=_DIGEST_BYTES, person=b"kelp-kv-seed")
     digest.update(HASH_VERSION.to_bytes(4, "little"))
-    for field in (model_id, lora_name, cache_salt):
+    for field in (model_id, lora_id, cache_salt):
         raw = field.encode()
         digest.update(len(raw).to_bytes(8, "little"))
         digest.update(raw)

@@ -12,12 +12,15 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from kelp.core.errors import ProtocolError
+from kelp.core.guide_spec import GuideSpec
 from kelp.core.types import FinishReason, Role
 
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 _TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 _Count = Annotated[int, Field(ge=0, lt=2**31)]
 _Name = Annotated[str, Field(min_length=1, max_length=256)]
+LoraDigest = Annotated[str, Field(pattern=r"^([0-9a-f]{32})?$")]
+"""`core.model_identity.adapter_digest`; empty without an adapter."""
 _Nanoseconds = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -47,6 +50,7 @@ class SamplingParams(Message):
     stop_token_ids: tuple[_TokenId, ...] = ()
     bad_words_ids: tuple[tuple[_TokenId, ...], ...] = ()
     ignore_eos: bool = False
+    guide: GuideSpec | None = None
 
     @field_validator("temperature", "repetition_penalty", "presence_penalty", "frequency_penalty")
     @classmethod
@@ -81,6 +85,8 @@ class GenerateCommand(Message):
         seed_hash_hex: `core.hashing.seed_hash` of the request, hex.
         num_generated: How many of the last prompt tokens are output of an earlier attempt: they count as
             generated for `max_tokens`, penalties and seeds, and are not emitted again.
+        lora_name: Adapter to compute with; empty for none.
+        lora_digest: Its content when the prompt was hashed; a worker that loaded another refuses.
     """
 
     op: Literal["generate"] = "generate"
@@ -91,6 +97,8 @@ class GenerateCommand(Message):
     num_generated: _Count = 0
     rendezvous: Rendezvous | None = None
     remaining_ms: Annotated[float, Field(gt=0, lt=1e10)] | None = None
+    lora_name: Annotated[str, Field(max_length=256)] = ""
+    lora_digest: LoraDigest = ""
 
 
 class DrainCommand(Message):

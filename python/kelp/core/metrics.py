@@ -36,12 +36,14 @@ CACHED_TOKENS = MetricFamily("kelp_cached_tokens_total", "counter", "Prompt toke
 RESPONSES = MetricFamily("kelp_responses_total", "counter", "Responses sent, one or more tokens each")
 RETRIES = MetricFamily("kelp_retries_total", "counter", "Attempts moved to another worker")
 TRANSFERRED_BLOCKS = MetricFamily("kelp_transferred_blocks_total", "counter", "KV blocks read from prefill workers")
+DRAFT_TOKENS = MetricFamily("kelp_draft_tokens_total", "counter", "Guessed tokens that a worker verified")
+ACCEPTED_TOKENS = MetricFamily("kelp_accepted_tokens_total", "counter", "Guessed tokens that were right")
 BLOCKS = MetricFamily("kelp_kv_blocks", "gauge", "KV blocks of a worker by state")
 LEASES = MetricFamily("kelp_handoff_leases", "gauge", "Prefilled sequences waiting to be read")
 RUNNING = MetricFamily("kelp_running_sequences", "gauge", "Sequences in the engine by state")
 FAMILIES = (
     REQUESTS, TTFT, ITL, PHASE, OUTPUT_TOKENS, PROMPT_TOKENS, CACHED_TOKENS, RESPONSES, RETRIES,
-    TRANSFERRED_BLOCKS, BLOCKS, LEASES, RUNNING,
+    TRANSFERRED_BLOCKS, DRAFT_TOKENS, ACCEPTED_TOKENS, BLOCKS, LEASES, RUNNING,
 )  # fmt: skip
 
 

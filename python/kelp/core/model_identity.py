@@ -1,4 +1,4 @@
-"""Names a model by its content, so that KV of different weights is never taken for one another.
+"""Names models and adapters by their content, so that KV of different weights is never taken for one another.
 
 Part of the seed of every block hash and of the handoff layout check; must not depend on where the folder lies.
 """
@@ -13,6 +13,9 @@ from kelp.core.errors import ConfigError
 _DIGEST_BYTES = 16
 _SAMPLES_PER_FILE = 16
 _SAMPLE_BYTES = 4096
+_READ_BYTES = 1 << 20
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+"""What a PEFT folder holds that the arithmetic depends on."""
 
 
 def _weight_samples(path: Path, num_bytes: int) -> bytes:
@@ -47,3 +50,26 @@ def model_identity(model_folder: Path) -> str:
         digest.update(len(field).to_bytes(8, "little"))
         digest.update(field)
     return digest.hexdigest()
+
+
+def adapter_digest(folder: Path) -> str:
+    """Hex digest over everything in the two files of a PEFT folder; they are small enough to be read whole.
+
+    Raises:
+        ConfigError: One of them cannot be read.
+    """
+    digest = hashlib.blake2b(digest_size=_DIGEST_BYTES, person=b"kelp-adapter")
+    try:
+        for name in ADAPTER_FILES:
+            with (folder / name).open("rb") as file:
+                digest.update((folder / name).stat().st_size.to_bytes(8, "little"))
+                while chunk := file.read(_READ_BYTES):
+                    digest.update(chunk)
+    except OSError as error:
+        raise ConfigError(f"model.lora_adapters: {error.filename}: {error.strerror}") from None
+    return digest.hexdigest()
+
+
+def lora_id(name: str, digest: str) -> str:
+    """What `core.hashing.seed_hash` takes for an adapter; empty without one."""
+    return f"{name}@{digest}" if name else ""

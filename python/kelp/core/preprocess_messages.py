@@ -14,7 +14,8 @@ import numpy.typing as npt
 from pydantic import Field, TypeAdapter
 
 from kelp.core.errors import ProtocolError
-from kelp.core.messages import Message, decode_message, encode_message
+from kelp.core.guide_spec import GuideSpec
+from kelp.core.messages import LoraDigest, Message, decode_message, encode_message
 from kelp.core.request import LlmRequest, Prompt
 from kelp.core.request_tensors import Array
 from kelp.core.types import SequenceHash
@@ -32,6 +33,7 @@ class PreprocessOptions(Message):
         stop_token_ids: Checked against the vocabulary.
         add_special_tokens: As the model's tokenizer does by default; a chat template brings its own.
         return_prompt_text: Whether the router will show the prompt to the client.
+        guide: Compiled to see whether it can be.
     """
 
     block_size: Annotated[int, Field(ge=1, lt=2**16)]
@@ -42,13 +44,19 @@ class PreprocessOptions(Message):
     lora_name: str = ""
     cache_salt: str = ""
     return_prompt_text: bool = False
+    guide: GuideSpec | None = None
 
 
 class Prepared(Message):
-    """`preprocess` to router, beside the tokens."""
+    """`preprocess` to router, beside the tokens.
+
+    Attributes:
+        lora_digest: Content of the request's adapter that the hashes stand for; empty without one.
+    """
 
     seed_hash_hex: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
     bad_words_ids: tuple[tuple[_TokenId, ...], ...] = ()
+    lora_digest: LoraDigest = ""
 
 
 PREPROCESS_OPTIONS: TypeAdapter[PreprocessOptions] = TypeAdapter(PreprocessOptions)
@@ -86,6 +94,7 @@ def options_for(request: LlmRequest, block_size: int) -> PreprocessOptions:
         lora_name=request.lora_name,
         cache_salt=request.cache_salt,
         return_prompt_text=not request.output.exclude_input_in_output,
+        guide=request.sampling.guide,
     )
 
 

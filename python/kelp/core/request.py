@@ -172,7 +172,7 @@ def parse_request(
         priority=_whole(inputs, "priority", NumberRange(-(2**31), _MAX_INT32, is_integer=True)) or 0,
         cache_salt=_name(inputs, "cache_salt", limits),
         session_id=_name(inputs, "session_id", limits),
-        lora_name=_name(inputs, "lora_name", limits),
+        lora_name=sampling.lora_name,
         output=OutputOptions(
             return_log_probs=_flag(inputs, "return_log_probs", False),
             exclude_input_in_output=_flag(inputs, "exclude_input_in_output", True),

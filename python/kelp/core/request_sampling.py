@@ -13,10 +13,20 @@ from dataclasses import dataclass
 from pydantic_core import from_json
 
 from kelp.core.errors import InvalidRequest, NotSupported
+from kelp.core.guide_spec import GuideSpec
 from kelp.core.messages import SamplingParams
+from kelp.core.request_guide import GUIDE_OBJECTS, GUIDE_TENSORS, read_guide
 from kelp.core.request_limits import RequestLimits, short_repr
 from kelp.core.request_tensors import InputValue
-from kelp.core.request_values import NumberRange, read_bool, read_number, read_token_ids, read_words
+from kelp.core.request_values import (
+    Given,
+    NumberRange,
+    read_bool,
+    read_name,
+    read_number,
+    read_token_ids,
+    read_words,
+)
 
 _MAX_INT32 = 2**31 - 1
 _GREEDY_BELOW = 1e-5
@@ -58,6 +68,7 @@ VLLM_NAMES: dict[str, str] = {
     "stop": "stop_words",
     **{name: name for name in NUMBER_RANGES if name not in ("random_seed", "end_id", "num_return_sequences")},
     **{name: name for name in _OTHERS if name != "stop_words"},
+    **{name: name for name in GUIDE_OBJECTS},
 }
 """Keys of vLLM's SamplingParams, and the `lora_name` its backend adds, by our names."""
 
@@ -76,8 +87,6 @@ VLLM_NEUTRAL: dict[str, tuple[str, ...]] = {
     "allowed_token_ids": ("[]",),
     "logits_processors": ("[]",),
     "extra_args": ("{}",),
-    "guided_decoding": ("", "{}"),
-    "structured_outputs": ("", "{}"),
 }
 """Keys that vLLM knows and kelp does not act upon, with the values (as text) that ask for nothing."""
 
@@ -92,24 +101,17 @@ class RequestedSampling:
     stop_words: tuple[str, ...]
     bad_words: tuple[str, ...]
     num_sequences: int = 1
+    lora_name: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class _Given:
-    """A value with the name under which the client gave it."""
-
-    field: str
-    value: object
-
-
-def _read_vllm(values: Mapping[str, object], where: str, refuse_unknown: bool) -> dict[str, _Given]:
-    given: dict[str, _Given] = {}
+def _read_vllm(values: Mapping[str, object], where: str, refuse_unknown: bool) -> dict[str, Given]:
+    given: dict[str, Given] = {}
     for key, value in values.items():
         field = f"{where}.{short_repr(key)[1:-1]}"
         if value is None or key in _VLLM_NO_EFFECT:
             continue
         if key in VLLM_NAMES:
-            given[VLLM_NAMES[key]] = _Given(field, value)
+            given[VLLM_NAMES[key]] = Given(field, value)
         elif key in VLLM_NEUTRAL:
             if str(value).lower() not in VLLM_NEUTRAL[key]:
                 raise NotSupported(f"{field}: {short_repr(value)} asks for something this server does not do")
@@ -130,23 +132,17 @@ def _parse_json(text: str) -> Mapping[str, object]:
     return document
 
 
-def _gather(inputs: Mapping[str, InputValue], parameters: Mapping[str, object]) -> dict[str, _Given]:
+def _gather(inputs: Mapping[str, InputValue], parameters: Mapping[str, object]) -> dict[str, Given]:
     text = inputs.get("sampling_parameters", "")
     assert isinstance(text, str)
-    single = {name: _Given(name, inputs[name]) for name in (*NUMBER_RANGES, *_OTHERS) if name in inputs}
+    single = {name: Given(name, inputs[name]) for name in (*NUMBER_RANGES, *_OTHERS, *GUIDE_TENSORS) if name in inputs}
     # Request parameters may also come from Triton itself or a tracer, so unknown ones are not ours to refuse.
     weakest = _read_vllm(parameters, "parameters", refuse_unknown=False)
     strongest = _read_vllm(_parse_json(text), "sampling_parameters", refuse_unknown=True)
     return {**weakest, **single, **strongest}
 
 
-def _refuse_unsupported(given: Mapping[str, _Given]) -> None:
-    lora = given.get("lora_name")
-    if lora is not None and lora.value != "":
-        raise NotSupported(f"{lora.field}: {short_repr(lora.value)} given, this server has no adapters")
-
-
-def _check_bounds(numbers: Mapping[str, float], given: Mapping[str, _Given], limits: RequestLimits) -> None:
+def _check_bounds(numbers: Mapping[str, float], given: Mapping[str, Given], limits: RequestLimits) -> None:
     num_sequences = numbers["num_return_sequences"]
     if num_sequences > limits.max_return_sequences:
         field = given["num_return_sequences"].field
@@ -162,7 +158,9 @@ def _seed(requested: int, temperature: float) -> int:
     return secrets.randbits(64) if temperature > 0 else 0
 
 
-def _params(numbers: Mapping[str, float], stop_token_ids: tuple[int, ...], ignore_eos: bool) -> SamplingParams:
+def _params(
+    numbers: Mapping[str, float], stop_token_ids: tuple[int, ...], ignore_eos: bool, guide: GuideSpec | None
+) -> SamplingParams:
     temperature = numbers["temperature"] if numbers["temperature"] >= _GREEDY_BELOW else 0.0
     end_id = int(numbers["end_id"])
     return SamplingParams(
@@ -178,6 +176,7 @@ def _params(numbers: Mapping[str, float], stop_token_ids: tuple[int, ...], ignor
         seed=_seed(int(numbers["random_seed"]), temperature),
         stop_token_ids=tuple(dict.fromkeys((*stop_token_ids, *([end_id] if end_id >= 0 else [])))),
         ignore_eos=ignore_eos,
+        guide=guide,
     )
 
 
@@ -203,20 +202,22 @@ def read_sampling(
         name: read_number(given[name].field, given[name].value, allowed) if name in given else _DEFAULTS[name]
         for name, allowed in NUMBER_RANGES.items()
     }
-    _refuse_unsupported(given)
     _check_bounds(numbers, given, limits)
-    unset = _Given("", ())
+    unset = Given("", ())
     stop_ids = given.get("stop_token_ids", unset)
     stop = given.get("stop_words", unset)
     bad = given.get("bad_words", unset)
-    ignore_eos = given.get("ignore_eos", _Given("", False))
+    ignore_eos = given.get("ignore_eos", Given("", False))
+    lora_name = given.get("lora_name", Given("", ""))
     return RequestedSampling(
         _params(
             numbers,
             read_token_ids(stop_ids.field, stop_ids.value, limits),
             read_bool(ignore_eos.field, ignore_eos.value),
+            read_guide(given),
         ),
         stop_words=read_words(stop.field, stop.value, limits),
         bad_words=read_words(bad.field, bad.value, limits),
         num_sequences=int(numbers["num_return_sequences"]),
+        lora_name=read_name(lora_name.field, lora_name.value, limits),
     )

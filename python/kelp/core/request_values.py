@@ -17,6 +17,14 @@ _BOOLS: dict[object, bool] = {"true": True, "false": False, "1": True, "0": Fals
 
 
 @dataclass(frozen=True, slots=True)
+class Given:
+    """A value with the name under which the client gave it."""
+
+    field: str
+    value: object
+
+
+@dataclass(frozen=True, slots=True)
 class NumberRange:
     """What a number may be; finite in any case."""
 
@@ -109,6 +117,18 @@ def read_words(field: str, value: object, limits: RequestLimits) -> tuple[str, .
         if word:
             words.append(word)
     return tuple(dict.fromkeys(words))
+
+
+def read_name(field: str, value: object, limits: RequestLimits) -> str:
+    """`value` as the name of something; empty for nothing.
+
+    Raises:
+        InvalidRequest: Not text, or too long.
+    """
+    if not isinstance(value, str):
+        raise InvalidRequest(f"{field}: {short_repr(value)} given, must be text")
+    check_text_bytes(field, value, limits.max_name_bytes)
+    return value
 
 
 def read_token_ids(field: str, value: object, limits: RequestLimits) -> tuple[int, ...]:

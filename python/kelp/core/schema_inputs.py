@@ -56,6 +56,8 @@ SAMPLING_INPUTS: tuple[TensorSpec, ...] = (
     _used("stop_words", Datatype.BYTES, _ANY_LENGTH),
     _used("bad_words", Datatype.BYTES, _ANY_LENGTH),
     _used("num_return_sequences", Datatype.INT32),
+    _used("guided_decoding_guide_type", Datatype.BYTES),
+    _used("guided_decoding_guide", Datatype.BYTES),
     _used("sampling_parameters", Datatype.BYTES),
 )
 
@@ -81,8 +83,6 @@ _DEFAULT_RETENTION_PRIORITY = 35
 """TensorRT-LLM's KvCacheRetentionConfig default."""
 
 UNSUPPORTED_INPUTS: tuple[TensorSpec, ...] = (
-    _neutral("guided_decoding_guide_type", Datatype.BYTES, ""),
-    _neutral("guided_decoding_guide", Datatype.BYTES, ""),
     _neutral("beam_width", Datatype.INT32, 0, 1),
     _neutral("length_penalty", Datatype.FP32, 0.0, 1.0),
     _neutral("decoder_text_input", Datatype.BYTES, ""),

@@ -36,6 +36,7 @@ class Job:
     sampling: SamplingParams
     deadline_s: float
     arrival_ns: int
+    lora_name: str = ""
     generated: list[int] = field(default_factory=list)
     prefill_event: Progress | Finished | None = None
     decode_event: Progress | Finished | None = None
@@ -53,6 +54,7 @@ class Job:
             sampling=self.sampling.model_copy(update={"seed": seed}),
             deadline_s=self.deadline_s,
             arrival_ns=self.arrival_ns,
+            lora_name=self.lora_name,
         )
 
     def routing(self) -> RoutingRequest:
@@ -79,6 +81,8 @@ class Job:
             num_generated=num_generated,
             rendezvous=rendezvous,
             remaining_ms=self.remaining_s() * 1e3,
+            lora_name=self.lora_name,
+            lora_digest=self.prompt.message.lora_digest,
         )
 
     def finish_reason(self, eos_token_ids: frozenset[int]) -> FinishReason | None:

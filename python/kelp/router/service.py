@@ -136,7 +136,12 @@ class RouterService:
         prompt = await self._parts.preprocess.prepare(request)
         sampling = request.sampling.model_copy(update={"bad_words_ids": prompt.message.bad_words_ids})
         first = Job(
-            request_id=uuid.uuid4().hex, prompt=prompt, sampling=sampling, deadline_s=deadline_s, arrival_ns=arrival_ns
+            request_id=uuid.uuid4().hex,
+            prompt=prompt,
+            sampling=sampling,
+            deadline_s=deadline_s,
+            arrival_ns=arrival_ns,
+            lora_name=request.lora_name,
         )
         jobs = [first, *(first.sibling(index) for index in range(1, request.num_sequences))]
         relay = self._relay(request, prompt, exchange)

@@ -10,6 +10,7 @@ import psutil
 
 from kelp.core.config import ExecutorConfig
 from kelp.core.errors import ConfigError
+from kelp.core.model_identity import adapter_digest
 from kelp.core.types import KVLayout
 from kelp.supervisor import shm
 from kelp.supervisor.plan import MODELS_BESIDE_WORKERS, ServeOptions
@@ -28,6 +29,8 @@ def check(options: ServeOptions) -> None:
     require_free("--http-port", options.host, options.http_port)
     require_free("--grpc-port", options.host, options.grpc_port)
     require_free("--metrics-port", options.host, options.metrics_port)
+    for folder in options.config.model.lora_adapters.values():
+        adapter_digest(folder)
     num_workers = options.num_prefill + options.num_decode
     shm.require_room(num_workers + len(MODELS_BESIDE_WORKERS))
     if options.config.executor.device in ("auto", "cpu"):

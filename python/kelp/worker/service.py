@@ -25,7 +25,7 @@ from kelp.core.messages import (
     decode_message,
     encode_message,
 )
-from kelp.core.metrics import BLOCKS, LEASES, RUNNING, Metrics
+from kelp.core.metrics import ACCEPTED_TOKENS, BLOCKS, DRAFT_TOKENS, LEASES, RUNNING, Metrics
 from kelp.core.outbox import Outbox
 from kelp.core.types import Role, SequenceHash, WorkerState
 from kelp.executor.base import Completed, Executor, ExecutorRequest
@@ -187,6 +187,8 @@ class WorkerService:
             sink=stream.sink,
             num_generated=command.num_generated,
             deadline_s=None if remaining_s is None else time.monotonic() + remaining_s,
+            lora_name=command.lora_name,
+            lora_digest=command.lora_digest,
         )
 
     async def _run(self, command: GenerateCommand, request: ExecutorRequest, stream: RequestStream) -> Finished:
@@ -223,8 +225,12 @@ class WorkerService:
 
     async def _report(self) -> None:
         metrics, name = self._parts.metrics, self._identity.model_name
+        num_drafts = num_accepted = 0
         while True:
-            status = self.status()
+            status, load = self.status(), self._parts.executor.load()
+            metrics.add(DRAFT_TOKENS, load.num_draft_tokens - num_drafts, worker=name)
+            metrics.add(ACCEPTED_TOKENS, load.num_accepted_tokens - num_accepted, worker=name)
+            num_drafts, num_accepted = load.num_draft_tokens, load.num_accepted_tokens
             metrics.set(BLOCKS, status.num_free_blocks, worker=name, state="free")
             metrics.set(BLOCKS, status.num_cached_blocks, worker=name, state="cached")
             metrics.set(RUNNING, status.num_running, worker=name, state="running")

@@ -1,5 +1,7 @@
 """Configuration: defaults, file, parameters, and every refusal."""
 
+from pathlib import Path
+
 import pytest
 
 from kelp.core.config import CONFIG_ENV, load_config
@@ -46,6 +48,10 @@ def test_an_empty_file_is_all_defaults(tmp_path):
         ({"executor.block_size": "0"}, "executor.block_size: .*greater than or equal to 1"),
         ({"handoff.lease_ttl_s": "-1"}, "handoff.lease_ttl_s: .*greater than 0"),
         ({"server.grpc_port": "70000"}, "server.grpc_port: .*65535"),
+        ({"model.lora_adapters": "{a b: /a}"}, "model.lora_adapters.a b"),
+        ({"model.lora_adapters.": "/a"}, "model.lora_adapters"),
+        ({"model.lora_adapters": "/a"}, "model.lora_adapters: .*dictionary"),
+        ({"model.lora_adapters.sql": "3"}, "model.lora_adapters.sql"),
     ],
 )
 def test_a_bad_field_is_refused_by_name(parameters, message):
@@ -69,7 +75,16 @@ def test_a_missing_file_is_refused_by_the_name_of_the_variable(tmp_path):
 def test_the_effective_configuration_survives_its_own_yaml(tmp_path):
     import yaml
 
-    config = load_config({"executor.dtype": "float32", "model.path": str(tmp_path)})
+    config = load_config({"executor.dtype": "float32", "model.path": str(tmp_path), "model.lora_adapters.sql": "/a"})
     path = tmp_path / "kelp.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     assert load_config(path=path) == config
+
+
+def test_adapters_come_from_the_file_from_dotted_keys_and_from_one_mapping(tmp_path):
+    path = tmp_path / "kelp.yaml"
+    path.write_text("model: {lora_adapters: {sql: /a/sql, org/chat-v1.2: /a/chat}}\n")
+    config = load_config({"model.lora_adapters.sql": "/b/sql"}, path)
+    assert config.model.lora_adapters == {"sql": Path("/b/sql"), "org/chat-v1.2": Path("/a/chat")}
+    assert load_config({"model.lora_adapters": "{sql: /c}"}).model.lora_adapters == {"sql": Path("/c")}
+    assert load_config().model.lora_adapters == {}

@@ -42,7 +42,7 @@ def test_a_prepared_prompt_arrives_as_sent():
     prepared = PreparedPrompt(
         input_ids=np.array([5, 6], dtype=np.int32),
         block_hashes=np.arange(32, dtype=np.uint8),
-        message=Prepared(seed_hash_hex="0f" * 16, bad_words_ids=((1, 2), (3,))),
+        message=Prepared(seed_hash_hex="0f" * 16, bad_words_ids=((1, 2), (3,)), lora_digest="f0" * 16),
         prompt_text="Grüße",
     )
     tensors = encode_prepared(prepared)
@@ -90,9 +90,16 @@ def test_options_say_what_the_request_needs():
         prompt=Prompt(text="a"),
         sampling=SamplingParams(max_tokens=9, stop_token_ids=(2,)),
         bad_words=("x",),
+        lora_name="sql",
         cache_salt="s",
         output=OutputOptions(exclude_input_in_output=False),
     )
     assert options_for(request, block_size=8) == PreprocessOptions(
-        block_size=8, max_tokens=9, stop_token_ids=(2,), bad_words=("x",), cache_salt="s", return_prompt_text=True
+        block_size=8,
+        max_tokens=9,
+        stop_token_ids=(2,),
+        bad_words=("x",),
+        lora_name="sql",
+        cache_salt="s",
+        return_prompt_text=True,
     )

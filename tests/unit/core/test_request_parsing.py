@@ -52,6 +52,7 @@ def test_every_field_reaches_the_request():
         num_return_sequences=3,
         exclude_input_in_output=False, return_finish_reason=True, return_num_input_tokens=True,
         return_num_output_tokens=True, cache_salt="salt", session_id="me", priority=-3, deadline_ms=1500,
+        lora_name="sql",
     )  # fmt: skip
     sampling = request.sampling
     assert (sampling.max_tokens, sampling.min_tokens, sampling.temperature, sampling.top_p) == (7, 2, 0.5, 0.25)
@@ -59,7 +60,7 @@ def test_every_field_reaches_the_request():
     assert (sampling.presence_penalty, sampling.frequency_penalty, sampling.seed) == (0.5, -0.5, 2**64 - 1)
     assert (sampling.stop_token_ids, sampling.ignore_eos, request.num_sequences) == ((2,), True, 3)
     assert (request.stop_words, request.bad_words, request.stream) == (("a", "b"), ("c",), True)
-    assert (request.cache_salt, request.session_id) == ("salt", "me")
+    assert (request.cache_salt, request.session_id, request.lora_name) == ("salt", "me", "sql")
     assert (request.priority, request.deadline_ms) == (-3, 1500)
     assert request.output == OutputOptions(True, False, True, True, True)
 
@@ -187,8 +188,8 @@ def test_an_empty_tensor_of_any_rank_is_neutral():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("lora_name", "adapter"), ("guided_decoding_guide_type", "json"),
-        ("guided_decoding_guide", "{}"), ("beam_width", 4), ("length_penalty", 2.0), ("image", "aGk="),
+        ("guided_decoding_guide_type", "structural_tag"),
+        ("beam_width", 4), ("length_penalty", 2.0), ("image", "aGk="),
         ("decoder_text_input", "x"), ("return_context_logits", True), ("return_generation_logits", True),
         ("return_logprobs", True), ("return_cumulative_logprob", True), ("embedding_request", "{}"),
         ("embedding_bias_words", "x"), ("lora_task_id", 3), ("prompt_vocab_size", 5), ("num_draft_tokens", 2),

@@ -58,6 +58,19 @@ def test_more_sequences_than_allowed_are_refused_with_the_limit():
         _read(num_return_sequences=5)
 
 
+def test_the_adapter_may_be_named_in_either_place_and_the_json_wins():
+    assert _read().lora_name == ""
+    assert _read(lora_name="sql").lora_name == "sql"
+    assert _read({"lora_name": "chat"}, lora_name="sql").lora_name == "chat"
+    assert _read({"lora_name": None}, lora_name="sql").lora_name == "sql"
+
+
+@pytest.mark.parametrize("value", [3, ["sql"], "x" * 1025])
+def test_a_name_that_is_no_text_or_too_long_is_refused(value):
+    with pytest.raises(InvalidRequest, match=r"sampling_parameters\.lora_name: "):
+        _read({"lora_name": value})
+
+
 def test_a_single_stop_may_be_plain_text():
     assert _read({"stop": "END"}).stop_words == ("END",)
 
@@ -82,7 +95,6 @@ def test_an_unknown_request_parameter_is_somebody_elses():
         {"best_of": 2}, {"logprobs": 1}, {"logprobs": -1}, {"prompt_logprobs": 2},
         {"use_beam_search": True}, {"logit_bias": {"1": 2}}, {"allowed_token_ids": [1]},
         {"skip_special_tokens": False}, {"detokenize": False}, {"include_stop_str_in_output": True},
-        {"guided_decoding": {"json": "{}"}}, {"structured_outputs": {"regex": "a"}}, {"lora_name": "x"},
         {"truncate_prompt_tokens": 5}, {"length_penalty": 2.0},
     ],
 )  # fmt: skip

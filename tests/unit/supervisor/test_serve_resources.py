@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import namedtuple
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -213,3 +214,12 @@ def test_host_memory_does_not_limit_a_gpu(model: Path) -> None:
 def test_a_port_in_use_is_refused_before_anything_starts(model: Path, listener: socket.socket) -> None:
     with pytest.raises(ConfigError, match="--http-port"):
         preflight.check(serve_options(model, http_port=listener.getsockname()[1]))
+
+
+@pytest.mark.usefixtures("free_memory")
+def test_an_adapter_without_its_files_is_refused_before_anything_starts(model: Path, tmp_path: Path) -> None:
+    options = serve_options(model)
+    adapted = options.config.model.model_copy(update={"lora_adapters": {"sql": tmp_path / "sql"}})
+    config = options.config.model_copy(update={"model": adapted})
+    with pytest.raises(ConfigError, match=r"model\.lora_adapters: .*sql/adapter_config\.json"):
+        preflight.check(replace(options, config=config))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -84,11 +85,12 @@ def test_the_executor_gets_exactly_what_the_router_asked_for() -> None:
     async def scene() -> None:
         async with open_worker() as rig:
             before_s = time.monotonic()
-            await rig.generate(num_generated=3, remaining_ms=5000.0)
+            await rig.generate(num_generated=3, remaining_ms=5000.0, lora_name="sql", lora_digest="0f" * 16)
             (request,) = rig.executor.requests
             assert (request.role, request.num_generated) == (Role.AGGREGATED, 3)
             assert list(request.prompt) == list(PROMPT)
             assert request.seed_hash == bytes.fromhex("ab" * 16)
+            assert (request.lora_name, request.lora_digest) == ("sql", "0f" * 16)
             assert request.deadline_s is not None
             assert before_s + 5 <= request.deadline_s <= time.monotonic() + 5
 
@@ -256,5 +258,23 @@ def test_the_worker_reports_its_load_as_gauges() -> None:
             }
             assert gauges["kelp_kv_blocks", "free"] == 16
             assert gauges["kelp_handoff_leases", None] == 0
+
+    asyncio.run(scene())
+
+
+def test_draft_counters_grow_by_what_the_executor_counted_since_the_last_report() -> None:
+    async def scene() -> None:
+        async with open_worker(heartbeat_s=0.01) as rig:
+            seen: Counter[str] = Counter()
+
+            def count() -> Counter[str]:
+                for (family, _), value in rig.metrics.take()[0].items():
+                    seen[family.name] += int(value)
+                return seen
+
+            for total in (10, 16):
+                rig.executor.num_draft_tokens = total
+                await until(lambda total=total: count()["kelp_accepted_tokens_total"] >= total // 2, "a report")
+            assert seen["kelp_draft_tokens_total"] == 16
 
     asyncio.run(scene())

@@ -70,6 +70,7 @@ class FakeExecutor:
         self.imported: list[tuple[int, float, int]] = []
         self.refusal: KelpError | None = None
         self.is_closed = False
+        self.num_draft_tokens = 0
 
     def submit(self, request: ExecutorRequest) -> None:
         if self.refusal is not None:
@@ -93,7 +94,8 @@ class FakeExecutor:
         self._note("release_export", request_id)
 
     def load(self) -> ExecutorLoad:
-        return ExecutorLoad(len(self.requests), 0, self.layout.num_blocks, 0, 0)
+        num_drafts = self.num_draft_tokens
+        return ExecutorLoad(len(self.requests), 0, self.layout.num_blocks, 0, 0, num_drafts, num_drafts // 2)
 
     def close(self) -> None:
         self.is_closed = True
