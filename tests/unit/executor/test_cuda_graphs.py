@@ -146,7 +146,7 @@ def test_a_capture_that_fails_ends_graphs_and_not_the_step(decoder: Decoder, cap
 
 
 def test_a_graph_that_answers_otherwise_is_not_used(decoder: Decoder, caplog: pytest.LogCaptureFixture):
-    graphs = graphs_of(decoder, lambda compute: lambda: compute() + 1)
+    graphs = graphs_of(decoder, lambda compute: lambda: compute() * 1.2)
     runner = CudaRunner(decoder, graphs)
     runner.launch(prefilled(runner, 2))
     assert "differs" in caplog.text

@@ -23,6 +23,9 @@ _TOLERANCE = {torch.float32: 1e-3}
 _HALF_TOLERANCE = 3e-2
 """Absolute; values are drawn from a normal distribution of width 1."""
 
+_LONG = 1000
+"""Positions before a token: enough for kernels that share out what they read."""
+
 Factory = Callable[[torch.Tensor, AttentionShape], Attention]
 
 
@@ -44,8 +47,8 @@ def why_trial_fails(factory: Factory, pool: torch.Tensor, shape: AttentionShape)
 def _largest_difference(factory: Factory, pool: torch.Tensor, shape: AttentionShape) -> float:
     """Over a mixed step, and over a decoding step planned by the device; infinity for NaN."""
     block_size = pool.shape[4]
-    mixed = _chunks([(2 * block_size + 1, 1), (block_size, 3), (block_size - 1, 37), (0, 1)], block_size)
-    decodes = _chunks([(2 * block_size, 1), (0, 1), (block_size - 1, 1)], block_size)
+    mixed = _chunks([(_LONG, 1), (2 * block_size + 1, 1), (block_size, 3), (block_size - 1, 37), (0, 1)], block_size)
+    decodes = _chunks([(_LONG, 1), (2 * block_size, 1), (0, 1), (block_size - 1, 1)], block_size)
     num_blocks = 1 + max(max(chunk.block_ids) for chunk in (*mixed, *decodes))
     generator = torch.Generator().manual_seed(1)
     random = torch.randn(num_blocks, len(shape.windows), *pool.shape[2:], generator=generator).to(pool)

@@ -32,6 +32,9 @@ _DOUBLED_UP_TO = 16
 _MIN_TABLE_BLOCKS, _TABLE_GROWTH = 256, 4
 """Tables come in few widths, so that short sequences do not carry the width of the longest possible."""
 
+_REPLAY_TOLERANCE = 0.05
+"""Of the largest logit: more than rounding in another order can do, less than a step that read something else."""
+
 _TOKEN, _POSITION, _TABLE = 0, 1, 2
 
 
@@ -134,7 +137,8 @@ class DecodeGraphs:
         except RuntimeError as error:
             self._give_up(f"{type(error).__name__}: {error}".splitlines()[0])
             return None
-        if not torch.allclose(found.float(), expected.float(), rtol=1e-2, atol=1e-2):
+        difference, scale = (found - expected).abs().max(), expected.abs().max()
+        if not bool(difference <= _REPLAY_TOLERANCE * scale):
             self._give_up("a replayed step differs from the same step without the graph")
             return None
         _log.info("captured a decoding step of %d rows and %d blocks each", size, width)
