@@ -82,7 +82,7 @@ class ExecutorConfig(_Group):
     """CPU threads of the engine; 0 divides the cores among the workers that share them."""
     enable_prefix_cache: bool = True
     """Reuse blocks of equal prefixes."""
-    num_draft_tokens: Annotated[int, Field(ge=0, le=32)] = 4
+    num_draft_tokens: Annotated[int, Field(ge=0, le=32)] = 8
     """Most tokens that a step guesses ahead for a sequence that repeats earlier text; 0 for none. Fewer are tried while
     guesses fail or many sequences run."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -39,7 +40,11 @@ def load_torch_executor(model_folder: Path, options: TorchExecutorOptions, clock
     Raises:
         ConfigError: The model, the options or the machine do not fit together; names the field.
     """
-    return TorchExecutor(load_parts(model_folder, options), clock or SystemClock())
+    # OpenMP gives every thread that computes helpers of its own, for as long as it lives, and puts them all to sleep
+    # between operations once there are more of them than cores: decoding then takes twice as long.
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="kelp-load") as short_lived:
+        parts = short_lived.submit(load_parts, model_folder, options).result()
+    return TorchExecutor(parts, clock or SystemClock())
 
 
 def load_parts(

@@ -37,7 +37,7 @@ class TorchExecutorOptions:
     max_waiting: int = 512
     threads: int = 0
     enable_prefix_cache: bool = True
-    num_draft_tokens: int = 4
+    num_draft_tokens: int = 8
     model_id: str | None = None
     lora_adapters: Mapping[str, Path] = field(default_factory=dict)
 

@@ -3,10 +3,11 @@
 Policy: decodes first, in order of arrival, then prompts, which share what is left of one token budget (`shares`), then
 drafts behind the decodes. A sequence is admitted, in order of arrival, only with blocks for everything it knows so
 far, so a prompt never waits half-way; only decoding grows. It is passed over while another one makes the next block
-that it needs; of an import, whose peer may hang, that is believed for a second only. Growth that finds no block preempts the latest-arrived sequence that no peer reads or writes (possibly
-the growing one itself), which recomputes later. The earliest arrival is never taken from, and whatever cannot be
-preempted needs no further block, so there is always somebody who can finish. Drafts take no block that growth might
-need.
+that it needs; an import, whose peer may hang, is believed to make its blocks for a second only.
+
+Growth that finds no block preempts the latest-arrived sequence that no peer reads or writes (possibly the growing one
+itself), which recomputes later. The earliest arrival is never taken from, and whatever cannot be preempted needs no
+further block, so there is always somebody who can finish. Drafts take no block that growth might need.
 
 Decides and keeps the books; emits no events, runs no model.
 """
@@ -29,7 +30,7 @@ _IMPORT_PATIENCE_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
-    """Bounds of one step."""
+    """Bounds of one step; `max_step_tokens` is at least `max_running`, so that every decode has its place."""
 
     max_step_tokens: int
     max_running: int
@@ -195,9 +196,9 @@ class Scheduler:
         for sequence in list(self._waiting):
             if self.num_running >= self._limits.max_running:
                 return
-            hashes = sequence.matchable_hashes() if self._limits.enable_prefix_cache else []
             if sequence.awaited_hash is not None and sequence.awaited_hash in self._promised:
                 continue
+            hashes = sequence.matchable_hashes() if self._limits.enable_prefix_cache else []
             matched = self._pool.match(hashes)
             sequence.awaited_hash = next(iter(hashes[len(matched) :]), None)
             if sequence.awaited_hash is not None and sequence.awaited_hash in self._promised:
