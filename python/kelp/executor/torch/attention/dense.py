@@ -1,24 +1,26 @@
 """Attention of queries over keys and values that lie side by side: what is left after a gather.
 
-torch's fused CPU kernel converts and multiplies per head and query, which costs more than the arithmetic once a step
-has many of them. In bf16 on a CPU the products therefore go to the batched matrix product, which rounds its result to
-bf16: far too coarse for scores. A second product, whose accumulator starts at minus that rounded result, yields what
-was lost, and the sum of both is as exact as an fp32 score (`tests/unit/executor/test_torch_attention.py` bounds it).
+torch's fused CPU kernel does not use a processor's bf16 instructions, and has a price per head and query that exceeds
+the arithmetic of decoding: in bf16 on a CPU the batched products of `products` take over.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
+
+from kelp.executor.torch.attention.products import compensated_scores, fp32_product, fp32_scores, has_fast_products
 
 _MIN_PRODUCTS = 40
 """From this many (sequence, KV head) pairs on, two batched products beat the fused kernel for single tokens."""
 
 _TILE = 128
-"""Query positions of a prompt chunk that are computed at once: their scores stay within the caches."""
+"""Query positions of a prompt chunk that are computed at once."""
+
+_MAX_SCORES = 1024 * 1024
+"""How many scores of a tile may be computed at once; with more of them heads go one by one, to stay in the caches."""
 
 
 def uses_products(num_pairs: int, tensor: torch.Tensor) -> bool:
@@ -28,7 +30,7 @@ def uses_products(num_pairs: int, tensor: torch.Tensor) -> bool:
         num_pairs: Sequences times KV heads.
         tensor: Of the dtype and device in question.
     """
-    return num_pairs >= _MIN_PRODUCTS and _has_fast_products(tensor)
+    return num_pairs >= _MIN_PRODUCTS and has_fast_products(tensor)
 
 
 def attend_group(
@@ -49,10 +51,11 @@ def attend_group(
     if not uses_products(query.shape[0] * query.shape[1], query):
         bias = None if mask is None else mask.to(query.dtype)
         return scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
-    scores = _scores(query.flatten(0, 1), key.flatten(0, 1), scale).view(*query.shape[:3], -1)
+    scores = compensated_scores(query.flatten(0, 1), key.flatten(0, 1), scale).view(*query.shape[:3], -1)
     if mask is not None:
         scores += mask
-    return _weigh(scores.flatten(0, 1), value.flatten(0, 1)).view(query.shape)
+    weights = torch.softmax(scores, dim=-1).to(value.dtype)
+    return torch.bmm(weights.flatten(0, 1), value.flatten(0, 1)).view(query.shape)
 
 
 def attend_span(
@@ -73,15 +76,19 @@ def attend_span(
     num_rows, num_heads, head_dim = query.shape
     num_kv_heads, num_positions, _ = key.shape
     start = num_positions - num_rows
-    grouped = query.view(num_rows, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
     out = query.new_empty(num_rows, num_heads, head_dim)
     grouped_out = out.view(num_rows, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
+    attend_tile = _attend_fused
+    if has_fast_products(query):
+        attend_tile = _attend_tile
+        query, key, value = query.float(), key.float(), value.float()
+    grouped = query.view(num_rows, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
     for first in range(0, num_rows, _TILE):
         rows = slice(first, min(first + _TILE, num_rows))
         begin = 0 if window is None else max(0, start + first - window + 1)
         seen = slice(begin, start + rows.stop)
         mask = _edge_mask(rows.stop - first, seen.stop - begin, window, query.device)
-        grouped_out[:, :, rows] = _attend_tile(grouped[:, :, rows], key[:, seen], value[:, seen], mask, scale)
+        grouped_out[:, :, rows] = attend_tile(grouped[:, :, rows], key[:, seen], value[:, seen], mask, scale)
     return out
 
 
@@ -101,35 +108,29 @@ def _edge_mask(num_rows: int, num_positions: int, window: int | None, device: to
     return torch.zeros(hidden.shape, device=device).masked_fill_(hidden, -torch.inf)
 
 
-def _attend_tile(
+def _attend_fused(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """`query` `[num_kv_heads, group, num_rows, head_dim]` over `key` `[num_kv_heads, num_positions, head_dim]`."""
-    if _has_fast_products(query):
-        scores = _scores(query.flatten(1, 2), key, scale)
-        scores.view(*query.shape[:3], -1)[..., -mask.shape[1] :].add_(mask)
-        return _weigh(scores, value).view(query.shape)
     shared = (*query.shape[:2], *key.shape[1:])
     full_mask = pad(mask, (key.shape[1] - mask.shape[1], 0)).to(query.dtype)
     key, value = key[:, None].expand(shared), value[:, None].expand(shared)
     return scaled_dot_product_attention(query, key, value, attn_mask=full_mask, scale=scale)
 
 
-def _has_fast_products(tensor: torch.Tensor) -> bool:
-    return tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu"
+def _attend_tile(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Like `_attend_fused`, for fp32 tensors that hold bf16 numbers."""
+    num_heads = len(query) if query.shape[:3].numel() * key.shape[1] <= _MAX_SCORES else 1
+    parts = zip(*(torch.split(tensor, num_heads) for tensor in (query, key, value)), strict=True)
+    return torch.cat([_attend_masked(q, k, v, mask, scale) for q, k, v in parts])
 
 
-def _scores(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
-    """`scale * query @ key.T` in fp32 from bf16 operands: the rounded product and its rounding error."""
-    is_exact = math.frexp(scale)[0] == 0.5
-    if is_exact:
-        query = query * scale
-    transposed = key.transpose(1, 2)
-    rounded = torch.bmm(query, transposed)
-    error = torch.baddbmm(rounded, query, transposed, beta=-1)
-    scores = rounded.float().add_(error)
-    return scores if is_exact else scores.mul_(scale)
-
-
-def _weigh(scores: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    return torch.bmm(torch.softmax(scores, dim=-1).to(value.dtype), value)
+def _attend_masked(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Some KV heads of a tile; `mask` concerns the last positions."""
+    scores = fp32_scores(query.flatten(1, 2), key, scale)
+    scores.view(*query.shape[:3], -1)[..., -mask.shape[1] :].add_(mask)
+    return fp32_product(torch.softmax(scores, dim=-1), value).view(query.shape)
