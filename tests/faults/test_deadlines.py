@@ -9,7 +9,7 @@ import pytest
 from fault_scenes import busy_workers, direct_request, long_request, short_request, wait_queued
 
 from kelp.core.errors import DeadlineExceeded
-from kelp.core.messages import Announce
+from kelp.core.handoff_messages import Announce
 from kelp.core.types import Role
 from support.llm_client import ServedError, http_error, http_post
 from support.prefill_peer import PeerPool, open_prefill_peer

@@ -10,7 +10,7 @@ import grpc
 from fault_scenes import PROMPT, direct_request, used_blocks, wait_status
 
 from kelp.core.errors import FatalTransferError, from_message
-from kelp.core.messages import (
+from kelp.core.handoff_messages import (
     HANDOFF_EVENT,
     Acknowledge,
     Announce,
@@ -18,13 +18,11 @@ from kelp.core.messages import (
     HandoffEvent,
     HandoffFailed,
     LeaseRenewed,
-    Message,
     PrefillDone,
-    Rendezvous,
-    decode_message,
-    encode_message,
 )
+from kelp.core.messages import Rendezvous
 from kelp.core.types import Role
+from kelp.core.wire import Message, decode_message, encode_message
 from kelp.kv.handoff.wire import ATTACH, rpc_path
 from support.serving import KelpServer
 

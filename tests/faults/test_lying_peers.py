@@ -12,18 +12,17 @@ import pytest
 from fault_scenes import PROMPT, QUESTION, direct_request
 
 from kelp.core.errors import KelpError, NotFound, ProtocolError, WorkerLost, from_message
-from kelp.core.messages import (
+from kelp.core.handoff_messages import (
     HANDOFF_EVENT,
     Announce,
     HandoffFailed,
     LeaseRenewed,
-    Message,
     PeerDescription,
     PrefillDone,
-    Rendezvous,
-    decode_message,
 )
+from kelp.core.messages import Rendezvous
 from kelp.core.types import Role
+from kelp.core.wire import Message, decode_message
 from kelp.kv.handoff.wire import ATTACH, rpc_path
 from support.prefill_peer import EPOCH, HANDOFF_ID, PeerPool, open_prefill_peer
 from support.serving import KelpServer

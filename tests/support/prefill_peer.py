@@ -13,18 +13,10 @@ from typing import Any
 import grpc
 import numpy as np
 
-from kelp.core.messages import (
-    HANDOFF_COMMAND,
-    Acknowledge,
-    Heartbeat,
-    LeaseRenewed,
-    Message,
-    PeerDescription,
-    Rendezvous,
-    decode_message,
-    encode_message,
-)
+from kelp.core.handoff_messages import HANDOFF_COMMAND, Acknowledge, Heartbeat, LeaseRenewed, PeerDescription
+from kelp.core.messages import Rendezvous
 from kelp.core.types import KVLayout
+from kelp.core.wire import Message, decode_message, encode_message
 from kelp.kv.handoff.wire import ATTACH, DESCRIBE, SERVICE
 from kelp.registry.base import LayoutRecord
 from kelp.transport.layout import describe_pool, pool_region

@@ -15,10 +15,10 @@ from pydantic import Field, TypeAdapter
 
 from kelp.core.errors import ProtocolError
 from kelp.core.guide_spec import GuideSpec
-from kelp.core.messages import LoraDigest, Message, decode_message, encode_message
 from kelp.core.request import LlmRequest, Prompt
 from kelp.core.request_tensors import Array
 from kelp.core.types import SequenceHash
+from kelp.core.wire import LoraDigest, Message, decode_message, encode_message
 
 HASH_BYTES = 16
 _TokenId = Annotated[int, Field(ge=0, lt=2**31)]

@@ -10,8 +10,8 @@ from typing import Annotated, Protocol
 
 from pydantic import Field, TypeAdapter
 
-from kelp.core.messages import Message
 from kelp.core.types import HandoffShape, KVLayout, Role, WorkerState
+from kelp.core.wire import Message
 
 _Name = Annotated[str, Field(min_length=1, max_length=256)]
 _Count = Annotated[int, Field(ge=0, lt=2**31)]

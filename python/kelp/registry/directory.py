@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from kelp.core.clock import Clock, SystemClock
 from kelp.core.errors import ProtocolError
-from kelp.core.messages import decode_message, encode_message
+from kelp.core.wire import decode_message, encode_message
 from kelp.registry.base import WORKER_RECORD, WorkerRecord
 
 _log = logging.getLogger(__name__)

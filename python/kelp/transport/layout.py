@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kelp.core.errors import ProtocolError
-from kelp.core.messages import PeerDescription
+from kelp.core.handoff_messages import PeerDescription
 from kelp.core.types import BlockId, KVLayout
 from kelp.transport.base import Agent, Region
 

@@ -15,19 +15,11 @@ from kelp.core.clock import Clock
 from kelp.core.config import KelpConfig
 from kelp.core.errors import InvalidRequest, KelpError, RequestCancelled, WorkerLost
 from kelp.core.exchange import Exchange, Tensors
-from kelp.core.messages import (
-    WORKER_COMMAND,
-    CancelCommand,
-    DrainCommand,
-    Finished,
-    GenerateCommand,
-    WorkerStatus,
-    decode_message,
-    encode_message,
-)
+from kelp.core.messages import WORKER_COMMAND, CancelCommand, DrainCommand, Finished, GenerateCommand, WorkerStatus
 from kelp.core.metrics import ACCEPTED_TOKENS, BLOCKS, DRAFT_TOKENS, LEASES, RUNNING, Metrics
 from kelp.core.outbox import Outbox
 from kelp.core.types import Role, SequenceHash, WorkerState
+from kelp.core.wire import decode_message, encode_message
 from kelp.executor.base import Completed, Executor, ExecutorRequest
 from kelp.kv.handoff import HandoffReader, HandoffServer
 from kelp.registry.base import LayoutRecord, Registry, WorkerRecord

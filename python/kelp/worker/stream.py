@@ -13,9 +13,10 @@ import numpy as np
 
 from kelp.core.clock import Clock
 from kelp.core.exchange import Exchange
-from kelp.core.messages import Finished, Progress, RequestTimings, RequestUsage, encode_message
+from kelp.core.messages import Finished, Progress, RequestTimings, RequestUsage
 from kelp.core.outbox import Lane, Outbox
 from kelp.core.types import FinishReason
+from kelp.core.wire import encode_message
 from kelp.executor.base import Admitted, Completed, ExecutorEvent, Failed, Tokens
 
 StreamItem = Tokens | Finished

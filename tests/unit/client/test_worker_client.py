@@ -14,8 +14,9 @@ from triton_double import TritonDouble, failure, open_triton, response, said
 from kelp.client.base import WorkerAddress, WorkerOutput
 from kelp.client.grpc import GrpcWorkerClient, workers
 from kelp.core.errors import CapacityError, DeadlineExceeded, KelpError, ProtocolError, WorkerLost
-from kelp.core.messages import DrainCommand, Finished, GenerateCommand, SamplingParams, WorkerStatus, encode_message
+from kelp.core.messages import DrainCommand, Finished, GenerateCommand, SamplingParams, WorkerStatus
 from kelp.core.types import FinishReason, Role
+from kelp.core.wire import encode_message
 from kelp.supervisor.ports import pick_free
 from support.waiting import until
 

@@ -13,16 +13,10 @@ import numpy as np
 from kelp.core.clock import FakeClock
 from kelp.core.config import HandoffConfig
 from kelp.core.errors import KelpError, from_message
-from kelp.core.messages import (
-    HANDOFF_EVENT,
-    HandoffEvent,
-    HandoffFailed,
-    Message,
-    Rendezvous,
-    decode_message,
-    encode_message,
-)
+from kelp.core.handoff_messages import HANDOFF_EVENT, HandoffEvent, HandoffFailed
+from kelp.core.messages import Rendezvous
 from kelp.core.types import BlockId, KVLayout
+from kelp.core.wire import Message, decode_message, encode_message
 from kelp.kv.handoff import FetchPlan, FetchResult, HandoffReader, HandoffServer, Offer
 from kelp.kv.handoff.wire import ATTACH, rpc_path
 from kelp.transport.layout import describe_pool, pool_region

@@ -9,7 +9,7 @@ import pytest
 from handoff_rig import TTL_S, Rig, open_rig, until
 
 from kelp.core.errors import CapacityError, NotFound, ProtocolError
-from kelp.core.messages import Acknowledge, Attach, Heartbeat, LeaseRenewed, PrefillDone
+from kelp.core.handoff_messages import Acknowledge, Attach, Heartbeat, LeaseRenewed, PrefillDone
 
 
 async def serves_on(rig: Rig) -> None:

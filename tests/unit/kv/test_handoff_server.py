@@ -11,7 +11,7 @@ from kelp.core.errors import (
     ProtocolError,
     WorkerLost,
 )
-from kelp.core.messages import (
+from kelp.core.handoff_messages import (
     PEER_DESCRIPTION,
     Acknowledge,
     Announce,
@@ -19,9 +19,9 @@ from kelp.core.messages import (
     Heartbeat,
     LeaseRenewed,
     PrefillDone,
-    decode_message,
 )
 from kelp.core.types import BlockId
+from kelp.core.wire import decode_message
 from kelp.kv.handoff.wire import DESCRIBE, rpc_path
 
 

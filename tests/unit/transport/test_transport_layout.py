@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kelp.core.errors import ProtocolError
-from kelp.core.messages import PeerDescription
+from kelp.core.handoff_messages import PeerDescription
 from kelp.core.types import BlockId, KVLayout
 from kelp.transport.base import Region
 from kelp.transport.layout import check_read, check_regions, descriptor_rows, peer_region

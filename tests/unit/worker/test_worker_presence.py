@@ -10,8 +10,9 @@ import pytest
 from worker_rig import LAYOUT, FakeRegistry, completed, open_worker, prefilled, token
 
 from kelp.core.errors import WorkerLost
-from kelp.core.messages import WORKER_STATUS, DrainCommand, decode_message
+from kelp.core.messages import WORKER_STATUS, DrainCommand
 from kelp.core.types import HandoffShape, Role, WorkerState
+from kelp.core.wire import decode_message
 from kelp.registry.base import LayoutRecord, WorkerRecord
 from kelp.worker.presence import Presence
 from support.exchange import FakeExchange

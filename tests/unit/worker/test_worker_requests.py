@@ -19,8 +19,9 @@ from kelp.core.errors import (
     ProtocolError,
     RequestCancelled,
 )
-from kelp.core.messages import CancelCommand, Finished, Progress, RequestUsage, encode_message
+from kelp.core.messages import CancelCommand, Finished, Progress, RequestUsage
 from kelp.core.types import FinishReason, Role
+from kelp.core.wire import encode_message
 from kelp.executor.base import Admitted, Failed, Tokens
 from support.exchange import bytes_tensor
 from support.waiting import until

@@ -18,18 +18,16 @@ from kelp.core.messages import (
     WORKER_STATUS,
     Finished,
     GenerateCommand,
-    Message,
     Progress,
     Rendezvous,
     RequestTimings,
     RequestUsage,
     SamplingParams,
     WorkerStatus,
-    decode_message,
-    encode_message,
 )
 from kelp.core.metrics import Metrics
 from kelp.core.types import BlockId, FinishReason, HandoffShape, KVLayout, Role
+from kelp.core.wire import Message, decode_message, encode_message
 from kelp.executor.base import (
     Completed,
     ExecutorEvent,

@@ -28,12 +28,10 @@ from kelp.core.messages import (
     DrainCommand,
     Finished,
     GenerateCommand,
-    Message,
     StatusCommand,
     WorkerStatus,
-    decode_message,
-    encode_message,
 )
+from kelp.core.wire import Message, decode_message, encode_message
 
 _CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", 64 * 1024 * 1024),

@@ -18,7 +18,7 @@ from kelp.core.errors import (
     ProtocolError,
     from_message,
 )
-from kelp.core.messages import Announce, HandoffFailed, PrefillDone
+from kelp.core.handoff_messages import Announce, HandoffFailed, PrefillDone
 from kelp.core.types import BlockId, num_blocks_for
 from kelp.kv.handoff.peers import Connection, PeerDirectory
 from kelp.kv.handoff.quarantine import QuarantinedTransferError

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from kelp.core.clock import Clock
 from kelp.core.errors import FatalTransferError, KelpError, NotFound, ProtocolError
-from kelp.core.messages import Announce, HandoffEvent, HandoffFailed, PrefillDone
+from kelp.core.handoff_messages import Announce, HandoffEvent, HandoffFailed, PrefillDone
 from kelp.core.types import BlockId
 from kelp.kv.handoff.lease import Lease
 

@@ -13,8 +13,10 @@ from typing import Any
 import grpc
 
 from kelp.core.errors import CapacityError, WorkerLost
-from kelp.core.messages import PEER_DESCRIPTION, PeerDescription, Rendezvous, decode_message
+from kelp.core.handoff_messages import PEER_DESCRIPTION, PeerDescription
+from kelp.core.messages import Rendezvous
 from kelp.core.types import KVLayout
+from kelp.core.wire import decode_message
 from kelp.kv.handoff.wire import CHANNEL_OPTIONS, DESCRIBE, from_rpc_error, rpc_path
 from kelp.transport.base import Agent, Peer
 from kelp.transport.layout import peer_region

@@ -15,7 +15,8 @@ import grpc
 from kelp.core.clock import Clock, SystemClock
 from kelp.core.config import HandoffConfig
 from kelp.core.errors import CapacityError, ConfigError, InternalError, KelpError, WorkerLost
-from kelp.core.messages import PeerDescription, encode_message
+from kelp.core.handoff_messages import PeerDescription
+from kelp.core.wire import encode_message
 from kelp.kv.handoff.offer import Offer, OfferBoard, failed_event
 from kelp.kv.handoff.session import AttachSession
 from kelp.kv.handoff.wire import ATTACH, DESCRIBE, SERVER_OPTIONS, SERVICE

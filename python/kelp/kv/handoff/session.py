@@ -14,7 +14,7 @@ import grpc
 from pydantic import BaseModel
 
 from kelp.core.errors import KelpError, ProtocolError
-from kelp.core.messages import (
+from kelp.core.handoff_messages import (
     HANDOFF_COMMAND,
     Acknowledge,
     Attach,
@@ -22,9 +22,8 @@ from kelp.core.messages import (
     HandoffFailed,
     Heartbeat,
     LeaseRenewed,
-    decode_message,
-    encode_message,
 )
+from kelp.core.wire import decode_message, encode_message
 from kelp.kv.handoff.offer import Offer, OfferBoard, failed_event
 
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from kelp.core.clock import Clock
 from kelp.core.errors import FatalTransferError, InternalError, KelpError, ProtocolError, WorkerLost
-from kelp.core.messages import (
+from kelp.core.handoff_messages import (
     HANDOFF_EVENT,
     Acknowledge,
     Announce,
@@ -24,9 +24,8 @@ from kelp.core.messages import (
     Heartbeat,
     LeaseRenewed,
     PrefillDone,
-    decode_message,
-    encode_message,
 )
+from kelp.core.wire import decode_message, encode_message
 from kelp.kv.handoff.lease import LeaseValidity
 from kelp.kv.handoff.peers import Connection
 from kelp.kv.handoff.wire import ATTACH, from_rpc_error, rpc_path

@@ -9,7 +9,7 @@ from __future__ import annotations
 import grpc
 
 from kelp.core.errors import CapacityError, DeadlineExceeded, KelpError, ProtocolError, WorkerLost
-from kelp.core.messages import MAX_MESSAGE_BYTES
+from kelp.core.wire import MAX_MESSAGE_BYTES
 
 SERVICE = "kelp.Handoff"
 DESCRIBE = "Describe"
