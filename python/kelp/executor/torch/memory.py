@@ -14,6 +14,7 @@ import torch
 from kelp.core.errors import ConfigError
 from kelp.core.types import KVLayout
 from kelp.executor.base import PoolMemory
+from kelp.executor.torch.host_memory import prefer_huge_pages
 
 _PAGE_BYTES = 4096
 _MAX_AUTO_BLOCKS_CPU = 4096
@@ -58,7 +59,9 @@ def allocate_pool(
     num_blocks = layout.num_blocks + num_scratch_blocks
     num_bytes = num_blocks * layout.block_bytes
     try:
-        raw = torch.zeros(num_bytes + _PAGE_BYTES, dtype=torch.uint8, device=device)
+        raw = torch.empty(num_bytes + _PAGE_BYTES, dtype=torch.uint8, device=device)
+        prefer_huge_pages(raw)
+        raw.zero_()
     except RuntimeError as error:
         raise ConfigError(f"executor.num_blocks: {num_bytes} bytes on {device}: {error}") from None
     skipped = -raw.data_ptr() % _PAGE_BYTES
