@@ -59,7 +59,7 @@ class ExecutorConfig(_Group):
     """Type of weights and KV."""
     device: str = "auto"
     """`auto` (CUDA where present), `cpu` or `cuda:<n>`."""
-    attention: Literal["auto", "varlen", "split-kv", "gather"] = "auto"
+    attention: Literal["auto", "varlen", "split-kv", "native", "gather"] = "auto"
     """How attention reads KV: torch's `varlen_attn`, own Triton kernels, or copies; `auto` takes what is fastest of
     what passes a trial on the device. Another value is taken or refused at load."""
     enable_cuda_graphs: bool = True

@@ -1,4 +1,4 @@
-"""Attention by gather against a direct computation, and the exactness of the two-product scores."""
+"""Attention by gather and by the compiled kernel against a direct computation."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from kelp.core.messages import SamplingParams
-from kelp.executor.torch.attention.base import AttentionShape
-from kelp.executor.torch.attention.dense import attend_group, attend_span
+from kelp.executor.torch.attention import dense, products
+from kelp.executor.torch.attention.base import Attention, AttentionShape
+from kelp.executor.torch.attention.dense import attend_span
 from kelp.executor.torch.attention.gather import GatherAttention
+from kelp.executor.torch.attention.native import NativeAttention, why_not_native
 from kelp.executor.torch.batch import Chunk, SamplePoint
 
 NUM_BLOCKS, NUM_LAYERS, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM = 96, 3, 2, 4, 16
@@ -65,15 +67,22 @@ def test_bf16_scores_of_a_span_are_as_exact_as_fp32_ones(scale: float) -> None:
     assert relative_error(attend_span(query, key, value, scale, None), expected) < 0.004
 
 
-@pytest.mark.parametrize("num_sequences", [1, 40])
-def test_bf16_scores_of_a_group_are_as_exact_as_fp32_ones(num_sequences: int) -> None:
-    query = (20 * random(num_sequences, NUM_KV_HEADS, 3, 64, seed=1)).bfloat16()
-    key, value = (random(num_sequences, NUM_KV_HEADS, 80, 64, seed=seed).bfloat16() for seed in (2, 3))
-    mask = torch.zeros(num_sequences, 1, 1, 80)
-    mask[..., 70:] = -torch.inf
-    found = attend_group(query, key, value, mask, 0.125)
-    weights = (query.double() @ key.double().transpose(-1, -2) * 0.125 + mask).softmax(-1)
-    assert relative_error(found, weights @ value.double()) < 0.004
+def test_leaving_the_products_restores_the_precision_of_others_once_all_have_left() -> None:
+    switch = torch.backends.mkldnn.matmul
+    before = switch.fp32_precision
+    first, second = products._OneDnnProducts(), products._ONE_DNN
+    assert first is not second
+    with second, second:
+        assert switch.fp32_precision == "bf16"
+    assert switch.fp32_precision == before
+
+
+def test_masks_of_a_long_windowed_prompt_are_shared() -> None:
+    query, key = random(128, NUM_HEADS, HEAD_DIM).bfloat16(), random(NUM_KV_HEADS, 4000, HEAD_DIM).bfloat16()
+    dense._edge_mask.cache_clear()
+    for end in range(512, 4000, 128):
+        attend_span(query, key[:, :end], key[:, :end], 0.25, 300)
+    assert dense._edge_mask.cache_info().misses == 1
 
 
 class Pool:
@@ -100,7 +109,18 @@ class Pool:
         return key, value
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def make_attention(name: str, pool: torch.Tensor, shape: AttentionShape) -> Attention:
+    if name == "gather":
+        return GatherAttention(pool, shape)
+    reason = why_not_native(pool, shape)
+    if reason is not None:
+        pytest.skip(reason)
+    return NativeAttention(pool, shape)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("gather", torch.float32), ("gather", torch.bfloat16), ("native", torch.bfloat16)]
+)
 @pytest.mark.parametrize(
     "chunks",
     [
@@ -111,10 +131,12 @@ class Pool:
         [(11, 5), (70, 5)],
     ],
 )
-def test_a_mixed_batch_attends_as_each_of_its_chunks_alone(chunks: list[tuple[int, int]], dtype: torch.dtype) -> None:
+def test_a_mixed_batch_attends_as_each_of_its_chunks_alone(
+    chunks: list[tuple[int, int]], backend: str, dtype: torch.dtype
+) -> None:
     pool = Pool(dtype)
     batch = [pool.chunk(start, num_tokens) for start, num_tokens in chunks]
-    attention = GatherAttention(pool.tensor, AttentionShape(NUM_HEADS, 0.25, WINDOWS))
+    attention = make_attention(backend, pool.tensor, AttentionShape(NUM_HEADS, 0.25, WINDOWS))
     num_rows = sum(num_tokens for _, num_tokens in chunks)
     plan = attention.plan(batch)
     for layer, window in enumerate(WINDOWS):
@@ -129,6 +151,22 @@ def test_a_mixed_batch_attends_as_each_of_its_chunks_alone(chunks: list[tuple[in
             expected = reference(query[rows], known_key, known_value, 0.25, window)
             assert relative_error(found[rows], expected) < (1e-5 if dtype == torch.float32 else 0.01)
             row = rows.stop
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("gather", torch.float32), ("gather", torch.bfloat16), ("native", torch.bfloat16)]
+)
+def test_nan_in_the_kv_of_others_reaches_no_sequence(backend: str, dtype: torch.dtype) -> None:
+    pool = Pool(dtype)
+    batch = [pool.chunk(start, 1) for start in (40, 6, 3)]
+    own = {int(block_id) for chunk in batch for block_id in chunk.block_ids}
+    for block_id in set(range(NUM_BLOCKS)) - own:
+        pool.tensor[block_id] = torch.nan
+    for chunk in batch:
+        pool.tensor[chunk.block_ids[-1], ..., chunk.start % BLOCK_SIZE + 1 :, :] = torch.nan
+    attention = make_attention(backend, pool.tensor, AttentionShape(NUM_HEADS, 0.25, (None,) * NUM_LAYERS))
+    query, key = random(3, NUM_HEADS, HEAD_DIM, dtype=dtype), random(3, NUM_KV_HEADS, HEAD_DIM, dtype=dtype)
+    assert torch.isfinite(attention.attend(0, query, key, key, attention.plan(batch))).all()
 
 
 def test_other_blocks_of_the_pool_stay_as_they_are() -> None:

@@ -14,8 +14,9 @@ from kelp.executor.torch.attention.base import Attention
 from kelp.executor.torch.decoder_config import Activation
 from kelp.executor.torch.inputs import StepInputs
 from kelp.executor.torch.linear import Linear
+from kelp.executor.torch.native.kernels import kernels_for
 from kelp.executor.torch.norm import Norm
-from kelp.executor.torch.rotary import rotate
+from kelp.executor.torch.rotary import rotate_first
 
 CosSin = tuple[torch.Tensor, torch.Tensor]
 
@@ -70,7 +71,7 @@ class SelfAttention:
             qkv[:, :num_heads] = self._norms.query(qkv[:, :num_heads])
             keys = slice(num_heads, num_heads + num_kv_heads)
             qkv[:, keys] = self._norms.key(qkv[:, keys])
-        rotated = rotate(qkv[:, : num_heads + num_kv_heads], *cos_sin)
+        rotated = rotate_first(qkv, num_heads + num_kv_heads, *cos_sin)
         query, key = rotated[:, :num_heads], rotated[:, num_heads:]
         value = qkv[:, num_heads + num_kv_heads :]
         return self._out(self._attention.attend(self._index, query, key, value, inputs.attention))
@@ -89,12 +90,20 @@ class GatedMlp:
     def __init__(self, gate_up: Linear, down: Linear, activation: Activation) -> None:
         self._gate_up = gate_up
         self._down = down
-        self._activation = _ACTIVATIONS[activation]
+        self._activation = activation
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Args: `hidden` `[num_tokens, hidden_size]`, normalised; returns the same shape."""
-        gate, up = self._gate_up(hidden).chunk(2, dim=-1)
-        return self._down(self._activation(gate).mul_(up))
+        return self._down(gated(self._gate_up(hidden), self._activation))
+
+
+def gated(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """`activation(gate) * up` of `[num_tokens, 2 * size]`; returns `[num_tokens, size]`."""
+    kernels = kernels_for(gate_up) if activation is Activation.SILU else None
+    if kernels is not None:
+        return kernels.silu_multiply(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return _ACTIVATIONS[activation](gate).mul_(up)
 
 
 class DecoderLayer:

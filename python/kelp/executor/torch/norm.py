@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import rms_norm
 
+from kelp.executor.torch.native.kernels import kernels_for
+
 
 class RmsNorm:
     """`x / rms(x) * weight` over the last dimension, computed in fp32 and rounded before the product."""
@@ -15,6 +17,9 @@ class RmsNorm:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Args: `x` `[..., size]`; returns the same shape and dtype."""
+        kernels = kernels_for(x)
+        if kernels is not None:
+            return kernels.rms_norm(x, self._weight, self._epsilon)
         return rms_norm(x, self._weight.shape, None, self._epsilon).mul_(self._weight)
 
 

@@ -8,6 +8,7 @@ import torch
 
 from kelp.executor.torch.decoder_config import RopeConfig
 from kelp.executor.torch.frequencies import inverse_frequencies, rotary_magnitude
+from kelp.executor.torch.native.kernels import kernels_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,3 +45,16 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     half = x.shape[-1] // 2
     swapped = torch.cat((x[..., half:], x[..., :half]), dim=-1)
     return (x * cos).add_(swapped.mul_(sin))
+
+
+def rotate_first(heads: torch.Tensor, num_rotated: int, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The first heads of `[num_tokens, num_heads, head_dim]` rotated, which may overwrite them.
+
+    Returns:
+        `[num_tokens, num_rotated, head_dim]`.
+    """
+    kernels = kernels_for(heads)
+    if kernels is None:
+        return rotate(heads[:, :num_rotated], cos, sin)
+    kernels.rotate(heads, num_rotated, cos, sin)
+    return heads[:, :num_rotated]

@@ -1,7 +1,7 @@
 """Attention of queries over keys and values that lie side by side: what is left after a gather.
 
-torch's fused CPU kernel does not use a processor's bf16 instructions, and has a price per head and query that exceeds
-the arithmetic of decoding: in bf16 on a CPU the batched products of `products` take over.
+torch's fused CPU kernel leaves the fastest instructions of a processor unused: for prompts in bf16 the batched products
+of `products` take over.
 """
 
 from __future__ import annotations
@@ -11,26 +11,13 @@ import functools
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from kelp.executor.torch.attention.products import compensated_scores, fp32_product, fp32_scores, has_fast_products
-
-_MIN_PRODUCTS = 40
-"""From this many (sequence, KV head) pairs on, two batched products beat the fused kernel for single tokens."""
+from kelp.executor.torch.attention.products import fp32_product, fp32_scores, has_fast_products
 
 _TILE = 128
 """Query positions of a prompt chunk that are computed at once."""
 
 _MAX_SCORES = 1024 * 1024
 """How many scores of a tile may be computed at once; with more of them heads go one by one, to stay in the caches."""
-
-
-def uses_products(num_pairs: int, tensor: torch.Tensor) -> bool:
-    """Whether `attend_group` multiplies itself: it then wants keys without gaps, so rather a mask than a cut.
-
-    Args:
-        num_pairs: Sequences times KV heads.
-        tensor: Of the dtype and device in question.
-    """
-    return num_pairs >= _MIN_PRODUCTS and has_fast_products(tensor)
 
 
 def attend_group(
@@ -48,14 +35,12 @@ def attend_group(
     Returns:
         Shape and dtype of `query`.
     """
-    if not uses_products(query.shape[0] * query.shape[1], query):
-        bias = None if mask is None else mask.to(query.dtype)
-        return scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
-    scores = compensated_scores(query.flatten(0, 1), key.flatten(0, 1), scale).view(*query.shape[:3], -1)
     if mask is not None:
-        scores += mask
-    weights = torch.softmax(scores, dim=-1).to(value.dtype)
-    return torch.bmm(weights.flatten(0, 1), value.flatten(0, 1)).view(query.shape)
+        # Whatever lies at hidden positions, NaN included, must not reach the sum as 0 times itself.
+        hidden = torch.isinf(mask).all(dim=2, keepdim=True).transpose(2, 3)
+        key, value = key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
+        mask = mask.to(query.dtype)
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
 
 def attend_span(
@@ -87,19 +72,21 @@ def attend_span(
         rows = slice(first, min(first + _TILE, num_rows))
         begin = 0 if window is None else max(0, start + first - window + 1)
         seen = slice(begin, start + rows.stop)
-        mask = _edge_mask(rows.stop - first, seen.stop - begin, window, query.device)
+        num_rows_here = rows.stop - first
+        is_all_seen = window is None or seen.stop <= window
+        num_covered = num_rows_here if is_all_seen else seen.stop - begin
+        mask = _edge_mask(num_rows_here, num_covered, None if is_all_seen else window, query.device)
         grouped_out[:, :, rows] = attend_tile(grouped[:, :, rows], key[:, seen], value[:, seen], mask, scale)
     return out
 
 
-@functools.lru_cache(maxsize=64)
-def _edge_mask(num_rows: int, num_positions: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """What to add to the scores of the last positions: 0 where a row sees one, else -inf.
+@functools.lru_cache(maxsize=16)
+def _edge_mask(num_rows: int, num_covered: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """What to add to the scores of the last `num_covered` positions: 0 where a row sees one, else -inf.
 
     Returns:
-        `[num_rows, num_rows or num_positions]` fp32; without a window all earlier positions are seen and need none.
+        `[num_rows, num_covered]` fp32; without a window all but the last `num_rows` positions are seen by all rows.
     """
-    num_covered = num_rows if window is None else num_positions
     row = torch.arange(num_covered - num_rows, num_covered, device=device)[:, None]
     position = torch.arange(num_covered, device=device)[None, :]
     hidden = position > row

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,7 @@ import torch
 
 from kelp.core.types import num_blocks_for
 from kelp.executor.torch.attention.base import AttentionShape
-from kelp.executor.torch.attention.dense import attend_group, attend_span, uses_products
+from kelp.executor.torch.attention.dense import attend_group, attend_span
 from kelp.executor.torch.batch import Chunk
 
 _MIN_GROUP_BLOCKS = 8
@@ -39,7 +40,7 @@ class Group:
         rows: `[num_chunks * num_tokens] int64`, their rows in the batch; None if they are the whole batch in order.
         num_chunks: How many there are.
         pool_rows: `[2 * num_chunks * num_kv_heads * num_blocks] int64`, layer 0; padded with block 0.
-        num_positions: How many of the gathered positions attention looks at, at least the longest sequence's.
+        num_positions: Length of the longest chunk's sequence; what is gathered beyond it is cut off.
         masks: By window, what to add to scores: `[num_chunks, 1, num_tokens, 1, num_positions]` fp32, or None if all
             is seen.
     """
@@ -94,20 +95,24 @@ class GatherAttention:
 
     def plan(self, chunks: Sequence[Chunk]) -> GatherPlan:
         """See `Attention`."""
+        starts = accumulate((len(chunk.tokens) for chunk in chunks), initial=0)
+        return self.plan_of(chunks, list(zip(starts, chunks, strict=False)))
+
+    def plan_of(self, chunks: Sequence[Chunk], placed: Sequence[tuple[int, Chunk]]) -> GatherPlan:
+        """A plan that stores the KV of all chunks, and attends those in `placed`, each with its first row."""
+        num_rows = sum(len(chunk.tokens) for chunk in chunks)
         members: dict[tuple[int, int], list[tuple[int, Chunk]]] = defaultdict(list)
         spans: list[Span] = []
-        row = 0
-        for chunk in chunks:
+        for row, chunk in placed:
             num_tokens = len(chunk.tokens)
             if num_tokens <= _MAX_GROUP_TOKENS:
                 num_blocks = num_blocks_for(chunk.start + num_tokens, self._block_size)
                 members[num_tokens, max(_MIN_GROUP_BLOCKS, num_blocks).bit_length()].append((row, chunk))
             else:
                 spans.append(self._span(chunk, row))
-            row += num_tokens
         return GatherPlan(
             token_rows=self._token_rows(chunks),
-            groups=tuple(self._group(group, row) for group in members.values()),
+            groups=tuple(self._group(group, num_rows) for group in members.values()),
             spans=tuple(spans),
         )
 
@@ -115,16 +120,25 @@ class GatherAttention:
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: GatherPlan
     ) -> torch.Tensor:
         """See `Attention`."""
-        new = torch.cat((key, value), dim=1).view(-1, self._head_dim)
-        self._tokens[layer].index_copy_(0, plan.token_rows, new)
+        self.store(layer, key, value, plan)
         if len(plan.groups) == 1 and plan.groups[0].rows is None:
             return self._attend_group(layer, query, plan.groups[0])
-        out = query.new_empty(query.shape)
+        out = query.new_empty(len(query), query.shape[1] * query.shape[2])
+        self.attend_stored(layer, query, plan, out)
+        return out
+
+    def store(self, layer: int, key: torch.Tensor, value: torch.Tensor, plan: GatherPlan) -> None:
+        """The first half of `attend`."""
+        new = torch.cat((key, value), dim=1).view(-1, self._head_dim)
+        self._tokens[layer].index_copy_(0, plan.token_rows, new)
+
+    def attend_stored(self, layer: int, query: torch.Tensor, plan: GatherPlan, out: torch.Tensor) -> None:
+        """The second half of `attend`: writes the planned rows of `out` `[num_tokens, num_heads * head_dim]`."""
         for group in plan.groups:
-            out[group.rows] = self._attend_group(layer, query[group.rows], group).view(-1, *query.shape[1:])
+            out[group.rows] = self._attend_group(layer, query[group.rows], group)
         for span in plan.spans:
-            out[span.first_row : span.end_row] = self._attend_span(layer, query[span.first_row : span.end_row], span)
-        return out.flatten(1)
+            rows = slice(span.first_row, span.end_row)
+            out[rows] = self._attend_span(layer, query[rows], span).flatten(1)
 
     def _attend_group(self, layer: int, query: torch.Tensor, group: Group) -> torch.Tensor:
         """`[num_chunks * num_tokens, num_heads * head_dim]`."""
@@ -160,8 +174,7 @@ class GatherAttention:
         for line, (_, chunk) in zip(table, members, strict=True):
             used = num_blocks_for(chunk.start + num_tokens, self._block_size)
             line[:used] = chunk.block_ids[:used]
-        is_padded = uses_products(len(members) * self._num_kv_heads, self._tokens[0])
-        num_positions = num_blocks * self._block_size if is_padded else int(ends.max())
+        num_positions = int(ends.max())
         is_whole_batch = len(members) * num_tokens == num_batch_rows
         first_rows = np.asarray([row for row, _ in members])
         limits = ends[:, None] - num_tokens + np.arange(num_tokens)[None, :]

@@ -10,6 +10,7 @@ import torch
 from kelp.core.errors import ConfigError
 from kelp.executor.torch.attention.base import Attention, AttentionShape
 from kelp.executor.torch.attention.gather import GatherAttention
+from kelp.executor.torch.attention.native import NativeAttention, why_not_native
 from kelp.executor.torch.attention.trial import Factory, why_trial_fails
 from kelp.executor.torch.attention.varlen import VarlenAttention, why_not_varlen
 from kelp.executor.torch.staging import on_device
@@ -17,8 +18,8 @@ from kelp.executor.torch.staging import on_device
 _log = logging.getLogger(__name__)
 
 AUTO = "auto"
-VARLEN, SPLIT_KV, GATHER = "varlen", "split-kv", "gather"
-CHOICES = (AUTO, VARLEN, SPLIT_KV, GATHER)
+VARLEN, SPLIT_KV, NATIVE, GATHER = "varlen", "split-kv", "native", "gather"
+CHOICES = (AUTO, VARLEN, SPLIT_KV, NATIVE, GATHER)
 _BY_SPEED_ON_CUDA = (VARLEN, SPLIT_KV)
 
 
@@ -33,8 +34,13 @@ def choose_attention(pool: torch.Tensor, shape: AttentionShape, wanted: str) -> 
     Raises:
         ConfigError: The wanted backend cannot serve here; says why.
     """
-    if wanted == GATHER or (wanted == AUTO and not pool.is_cuda):
+    if wanted == GATHER:
         return GatherAttention(pool, shape)
+    if wanted == NATIVE or not pool.is_cuda and wanted == AUTO:
+        reason = why_not_native(pool, shape)
+        if reason is not None and wanted == NATIVE:
+            raise ConfigError(f"executor.attention: {wanted!r} cannot serve here: {reason}")
+        return NativeAttention(pool, shape) if reason is None else GatherAttention(pool, shape)
     for name in _BY_SPEED_ON_CUDA if wanted == AUTO else (wanted,):
         factory = _factory(name, pool)
         if not isinstance(factory, str):
