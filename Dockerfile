@@ -27,7 +27,8 @@ ENTRYPOINT ["/opt/kelp/.venv/bin/kelp", "serve", "--host", "0.0.0.0"]
 FROM debian:12-slim AS cpu
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends ca-certificates curl libpython3.11 make python3 python3-venv \
+    && apt-get install -y --no-install-recommends \
+        ca-certificates curl gcc libc6-dev libpython3.11 make python3 python3-venv \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 10001 kelp \
     && install --directory --owner kelp /opt/kelp

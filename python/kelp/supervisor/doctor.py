@@ -30,6 +30,8 @@ def examine() -> Iterator[Finding]:
     yield _try("model", lambda: str(check_model_folder(load_config().model.path)))
     for package in ("torch", "nixl", "tritonclient", "grpcio", "numpy"):
         yield _package(package)
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    yield Finding("C compiler", compiler is not None, compiler or "none: decoding on a CPU is slower; install gcc")
     memory = psutil.virtual_memory()
     yield Finding("memory", True, f"{memory.available >> 20} MiB of {memory.total >> 20} MiB free")
     shared = shutil.disk_usage("/dev/shm")

@@ -59,12 +59,18 @@ def test_a_span_sees_what_precedes_it_within_its_window(num_rows: int, num_posit
     assert relative_error(found, reference(query, key, value, 0.3, window)) < 1e-5
 
 
+@pytest.mark.parametrize("window", [None, 70])
+@pytest.mark.parametrize("is_native", [False, True])
 @pytest.mark.parametrize("scale", [0.125, 0.1])
-def test_bf16_scores_of_a_span_are_as_exact_as_fp32_ones(scale: float) -> None:
+def test_bf16_scores_of_a_span_are_as_exact_as_fp32_ones(
+    scale: float, is_native: bool, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not is_native:
+        monkeypatch.setattr(dense, "kernels", lambda: None)
     query = (20 * random(200, NUM_HEADS, 64, seed=1)).bfloat16()
     key, value = (random(NUM_KV_HEADS, 300, 64, seed=seed).bfloat16() for seed in (2, 3))
-    expected = reference(query, key, value, scale, None)
-    assert relative_error(attend_span(query, key, value, scale, None), expected) < 0.004
+    expected = reference(query, key, value, scale, window)
+    assert relative_error(attend_span(query, key, value, scale, window), expected) < 0.004
 
 
 def test_leaving_the_products_restores_the_precision_of_others_once_all_have_left() -> None:
@@ -77,8 +83,9 @@ def test_leaving_the_products_restores_the_precision_of_others_once_all_have_lef
     assert switch.fp32_precision == before
 
 
-def test_masks_of_a_long_windowed_prompt_are_shared() -> None:
+def test_masks_of_a_long_windowed_prompt_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key = random(128, NUM_HEADS, HEAD_DIM).bfloat16(), random(NUM_KV_HEADS, 4000, HEAD_DIM).bfloat16()
+    monkeypatch.setattr(dense, "kernels", lambda: None)
     dense._edge_mask.cache_clear()
     for end in range(512, 4000, 128):
         attend_span(query, key[:, :end], key[:, :end], 0.25, 300)

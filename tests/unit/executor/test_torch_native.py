@@ -101,6 +101,20 @@ def test_attention_is_exact_for_any_shape(
 
 
 @needs_compiler
+@pytest.mark.parametrize("window", [None, 7])
+def test_the_causal_softmax_sees_what_it_should(kernels: Kernels, window: int | None) -> None:
+    num_rows, num_positions = 5, 40
+    scores = 30 * torch.randn(6, num_rows, num_positions, generator=torch.Generator().manual_seed(1))
+    row = torch.arange(num_positions - num_rows, num_positions)[:, None]
+    position = torch.arange(num_positions)[None, :]
+    hidden = (position > row) | (position <= row - (window or num_positions))
+    expected = (scores.double() * 0.3).masked_fill(hidden, -torch.inf).softmax(-1)
+    found = kernels.causal_softmax(scores.clone(), num_rows, window, 0.3)
+    assert torch.equal(found == 0, expected.bfloat16() == 0)
+    torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-30)
+
+
+@needs_compiler
 def test_other_types_and_gaps_between_rows_are_left_to_torch() -> None:
     assert kernels_for(torch.zeros(2, 2)) is None
     assert kernels_for(torch.zeros(2, 4, dtype=torch.bfloat16)[:, :2]) is None

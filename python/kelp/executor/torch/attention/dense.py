@@ -7,11 +7,13 @@ of `products` take over.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from kelp.executor.torch.attention.products import fp32_product, fp32_scores, has_fast_products
+from kelp.executor.torch.attention.products import fp32_product, has_fast_products
+from kelp.executor.torch.native.kernels import kernels
 
 _TILE = 128
 """Query positions of a prompt chunk that are computed at once."""
@@ -66,18 +68,27 @@ def attend_span(
     attend_tile = _attend_fused
     if has_fast_products(query):
         attend_tile = _attend_tile
-        query, key, value = query.float(), key.float(), value.float()
+        query, key = query.float(), key.float()
     grouped = query.view(num_rows, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
     for first in range(0, num_rows, _TILE):
         rows = slice(first, min(first + _TILE, num_rows))
         begin = 0 if window is None else max(0, start + first - window + 1)
         seen = slice(begin, start + rows.stop)
-        num_rows_here = rows.stop - first
-        is_all_seen = window is None or seen.stop <= window
-        num_covered = num_rows_here if is_all_seen else seen.stop - begin
-        mask = _edge_mask(num_rows_here, num_covered, None if is_all_seen else window, query.device)
-        grouped_out[:, :, rows] = attend_tile(grouped[:, :, rows], key[:, seen], value[:, seen], mask, scale)
+        view = _View(window=None if window is None or seen.stop <= window else window, scale=scale)
+        grouped_out[:, :, rows] = attend_tile(grouped[:, :, rows], key[:, seen], value[:, seen], view)
     return out
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """What the rows of a tile see: themselves and the `window` latest positions before, or all; and how sharply."""
+
+    window: int | None
+    scale: float
+
+    def mask(self, num_rows: int, num_positions: int, device: torch.device) -> torch.Tensor:
+        """See `_edge_mask`."""
+        return _edge_mask(num_rows, num_rows if self.window is None else num_positions, self.window, device)
 
 
 @functools.lru_cache(maxsize=16)
@@ -95,29 +106,31 @@ def _edge_mask(num_rows: int, num_covered: int, window: int | None, device: torc
     return torch.zeros(hidden.shape, device=device).masked_fill_(hidden, -torch.inf)
 
 
-def _attend_fused(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float
-) -> torch.Tensor:
+def _attend_fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, view: _View) -> torch.Tensor:
     """`query` `[num_kv_heads, group, num_rows, head_dim]` over `key` `[num_kv_heads, num_positions, head_dim]`."""
     shared = (*query.shape[:2], *key.shape[1:])
+    mask = view.mask(query.shape[2], key.shape[1], query.device)
     full_mask = pad(mask, (key.shape[1] - mask.shape[1], 0)).to(query.dtype)
     key, value = key[:, None].expand(shared), value[:, None].expand(shared)
-    return scaled_dot_product_attention(query, key, value, attn_mask=full_mask, scale=scale)
+    return scaled_dot_product_attention(query, key, value, attn_mask=full_mask, scale=view.scale)
 
 
-def _attend_tile(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """Like `_attend_fused`, for fp32 tensors that hold bf16 numbers."""
+def _attend_tile(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, view: _View) -> torch.Tensor:
+    """Like `_attend_fused`, for bf16 numbers; `query` and `key` hold them as fp32."""
     num_heads = len(query) if query.shape[:3].numel() * key.shape[1] <= _MAX_SCORES else 1
     parts = zip(*(torch.split(tensor, num_heads) for tensor in (query, key, value)), strict=True)
-    return torch.cat([_attend_masked(q, k, v, mask, scale) for q, k, v in parts])
+    return torch.cat([_attend_heads(q, k, v, view) for q, k, v in parts])
 
 
-def _attend_masked(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """Some KV heads of a tile; `mask` concerns the last positions."""
-    scores = fp32_scores(query.flatten(1, 2), key, scale)
-    scores.view(*query.shape[:3], -1)[..., -mask.shape[1] :].add_(mask)
-    return fp32_product(torch.softmax(scores, dim=-1), value).view(query.shape)
+def _attend_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, view: _View) -> torch.Tensor:
+    """Some KV heads of a tile."""
+    num_rows = query.shape[2]
+    scores = fp32_product(query.flatten(1, 2), key.transpose(1, 2))
+    native = kernels()
+    if native is not None:
+        weights = native.causal_softmax(scores, num_rows, view.window, view.scale)
+    else:
+        mask = view.mask(num_rows, key.shape[1], query.device)
+        scores.mul_(view.scale).view(*query.shape[:3], -1)[..., -mask.shape[1] :].add_(mask)
+        weights = torch.softmax(scores, dim=-1).to(value.dtype)
+    return torch.bmm(weights, value).view(query.shape)

@@ -8,7 +8,6 @@ fused kernel rounds them too.
 
 from __future__ import annotations
 
-import math
 import threading
 from types import TracebackType
 from typing import Any
@@ -21,32 +20,10 @@ def has_fast_products(tensor: torch.Tensor) -> bool:
     return tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and _MATMUL is not None
 
 
-def fp32_scores(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
-    """`scale * query @ key.T` of fp32 tensors that hold bf16 numbers.
-
-    Args:
-        query: `[num_pairs, num_rows, head_dim]`.
-        key: `[num_pairs, num_positions, head_dim]`.
-        scale: Any; a power of two costs nothing.
-
-    Returns:
-        `[num_pairs, num_rows, num_positions]` fp32.
-    """
-    if _is_power_of_two(scale):
-        query, scale = query * scale, 1.0
+def fp32_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """`left @ right` of fp32 tensors `[batch, rows, inner]` and `[batch, inner, columns]`."""
     with _ONE_DNN:
-        scores = torch.bmm(query, key.transpose(1, 2))
-    return scores if scale == 1.0 else scores.mul_(scale)
-
-
-def fp32_product(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """`weights @ value`, fp32; `value` `[num_pairs, num_positions, head_dim]` holds bf16 numbers."""
-    with _ONE_DNN:
-        return torch.bmm(weights, value)
-
-
-def _is_power_of_two(number: float) -> bool:
-    return math.frexp(number)[0] == 0.5
+        return torch.bmm(left, right)
 
 
 _MATMUL: Any = getattr(torch.backends.mkldnn, "matmul", None)

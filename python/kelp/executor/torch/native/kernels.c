@@ -11,6 +11,7 @@
 #define MAX_HEAD_DIM 256
 #define MAX_GROUP 16
 #define TILE 64
+#define LANES 16
 /* Below so many multiplications a second thread costs more than it brings. */
 #define MIN_PARALLEL_WORK 30000
 
@@ -199,5 +200,44 @@ void kelp_silu_multiply(const uint16_t *x, uint16_t *out, int64_t num_rows, int6
             const float sigmoid = (value < 0.0f ? decay : 1.0f) / (1.0f + decay);
             to[i] = narrow(widen(narrow(value * sigmoid)) * widen(up[i]));
         }
+    }
+}
+
+/* Lane by lane, because the compiler may not reorder comparisons: they are not associative with NaN. */
+static inline float highest_of(const float *numbers, int64_t count) {
+    float lanes[LANES], highest;
+    int64_t i = 0;
+    for (int64_t lane = 0; lane < LANES; lane++) lanes[lane] = numbers[0];
+    for (; i + LANES <= count; i += LANES)
+        for (int64_t lane = 0; lane < LANES; lane++)
+            lanes[lane] = numbers[i + lane] > lanes[lane] ? numbers[i + lane] : lanes[lane];
+    highest = lanes[0];
+    for (int64_t lane = 1; lane < LANES; lane++) highest = lanes[lane] > highest ? lanes[lane] : highest;
+    for (; i < count; i++) highest = numbers[i] > highest ? numbers[i] : highest;
+    return highest;
+}
+
+/* weights = softmax(scale * scores), and 0 where a row sees nothing; overwrites the scores. Rows are those of
+ * `rows_per_head` consecutive tokens, over and over, the last of which sees all `num_positions`; `window` 0 sees
+ * everything before. */
+void kelp_causal_softmax(float *scores, uint16_t *weights, int64_t num_rows, int64_t rows_per_head,
+                         int64_t num_positions, int64_t window, float scale, int64_t num_threads) {
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_rows * num_positions > MIN_PARALLEL_WORK)
+    for (int64_t row = 0; row < num_rows; row++) {
+        const int64_t last = num_positions - rows_per_head + row % rows_per_head + 1;
+        const int64_t begin = window > 0 && last > window ? last - window : 0, count = last - begin;
+        float *restrict from = scores + row * num_positions + begin;
+        uint16_t *restrict to = weights + row * num_positions + begin;
+        const float highest = highest_of(from, count);
+        float total = 0.0f;
+        for (int64_t i = 0; i < count; i++) {
+            const float weight = exp_negative(scale * (from[i] - highest));
+            from[i] = weight;
+            total += weight;
+        }
+        const float factor = 1.0f / total;
+        for (int64_t i = 0; i < count; i++) to[i] = narrow(from[i] * factor);
+        memset(to - begin, 0, (size_t)begin * sizeof *to);
+        memset(to + count, 0, (size_t)(num_positions - last) * sizeof *to);
     }
 }

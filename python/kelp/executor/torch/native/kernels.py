@@ -90,18 +90,20 @@ class PoolShape:
 
 
 class Kernels:
-    """All operations; bf16 tensors on the CPU only."""
+    """All operations; bf16 tensors on the CPU only, unless they say otherwise."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._attend = _function(library, "kelp_attend", "ppiipip")
         self._rms_norm = _function(library, "kelp_rms_norm", "pppiifi")
         self._rotate = _function(library, "kelp_rotate", "pppiiiii")
         self._silu_multiply = _function(library, "kelp_silu_multiply", "ppiii")
+        self._causal_softmax = _function(library, "kelp_causal_softmax", "ppiiiifi")
 
     def attend(
         self, shape: PoolShape, rows: PreparedRows, layer: int, window: int | None, query: torch.Tensor
     ) -> torch.Tensor:
         """`query` `[num_rows, num_heads, head_dim]`, each row dense; returns `[num_rows, num_heads * head_dim]`."""
+        assert query.stride()[1:] == (query.shape[2], 1)
         out = query.new_empty(query.shape[0], query.shape[1] * query.shape[2])
         self._attend(shape.address, rows.address, layer, window or 0, query.data_ptr(), query.stride(0), out.data_ptr())
         return out
@@ -142,16 +144,43 @@ class Kernels:
         self._silu_multiply(gate_up.data_ptr(), out.data_ptr(), num_rows, size, torch.get_num_threads())
         return out
 
+    def causal_softmax(self, scores: torch.Tensor, num_rows: int, window: int | None, scale: float) -> torch.Tensor:
+        """Weights of `num_rows` consecutive tokens of some heads, the last of which sees the last position.
+
+        Args:
+            scores: Dense `[num_heads, group * num_rows, num_positions]` fp32; overwritten.
+            num_rows: Tokens.
+            window: How many latest positions a token sees, itself included; None for all.
+            scale: Factor on the scores, above 0.
+
+        Returns:
+            The shape of `scores`, bf16, with 0 where nothing is seen.
+        """
+        weights = torch.empty_like(scores, dtype=torch.bfloat16)
+        num_positions = scores.shape[-1]
+        self._causal_softmax(
+            scores.data_ptr(),
+            weights.data_ptr(),
+            scores.numel() // num_positions,
+            num_rows,
+            num_positions,
+            window or 0,
+            scale,
+            torch.get_num_threads(),
+        )
+        return weights
+
 
 def kernels_for(tensor: torch.Tensor) -> Kernels | None:
     """The kernels, if there are any and they can take this tensor."""
     if tensor.dtype != torch.bfloat16 or tensor.device.type != "cpu" or not tensor.is_contiguous():
         return None
-    return _kernels()
+    return kernels()
 
 
 @functools.cache
-def _kernels() -> Kernels | None:
+def kernels() -> Kernels | None:
+    """The kernels, compiled at the first call; None where that is impossible."""
     library = open_library()
     return None if library is None else Kernels(library)
 
