@@ -60,8 +60,8 @@ class ExecutorConfig(_Group):
     device: str = "auto"
     """`auto` (CUDA where present), `cpu` or `cuda:<n>`."""
     attention: Literal["auto", "varlen", "split-kv", "native", "gather"] = "auto"
-    """How attention reads KV: torch's `varlen_attn`, own Triton kernels, or copies; `auto` takes what is fastest of
-    what passes a trial on the device. Another value is taken or refused at load."""
+    """How attention reads KV: torch's `varlen_attn` or own Triton kernels (CUDA), own C kernels (CPU, bfloat16), or
+    copies; `auto` takes what is fastest of what works here. Another value is taken or refused at load."""
     enable_cuda_graphs: bool = True
     """Replay decoding steps as CUDA graphs, captured when a batch size first occurs."""
     block_size: Annotated[int, Field(ge=1, le=1024)] = 16

@@ -9,7 +9,7 @@ Who calls what, per request:
     aggregated  submit -> Tokens* -> Completed | Failed
     prefill     submit -> Prefilled* -> Tokens(first) -> Completed; then `release_export` exactly once, because
                 the blocks stay pinned (leased) until then
-    decode      submit(imported=True) -> Reserved -> [worker moves KV into the reserved blocks]
+    decode      submit(role=Role.DECODE) -> Reserved -> [worker moves KV into the reserved blocks]
                 -> `complete_import` -> Tokens* -> Completed | Failed
                 or `fail_import`: the executor computes the prompt itself (local prefill)
 
@@ -196,7 +196,7 @@ class Executor(Protocol):
         """The KV pool's memory; valid until `close`."""
 
     def submit(self, request: ExecutorRequest) -> None:
-        """Queue a request.
+        """Queue a request; returns at once, except that a request's first guide may take up to a second to compile.
 
         Raises:
             PromptTooLong: It could never fit into the model or the pool, even alone.

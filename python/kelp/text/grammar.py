@@ -76,7 +76,10 @@ class GrammarCompiler:
     """
 
     def __init__(self, model_folder: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
-        """Args: `vocab_size` is the model's; ids that its tokenizer does not know are never allowed."""
+        """Args: `vocab_size` is the model's; ids that its tokenizer does not know are never allowed.
+
+        A tokenizer may know more ids than the model: masks have bits for those too.
+        """
         self._path = model_folder / "tokenizer.json"
         self._vocab_size = vocab_size
         self._eos_token_ids = list(eos_token_ids)
@@ -108,7 +111,8 @@ class GrammarCompiler:
 
     @property
     def _num_words(self) -> int:
-        return -(-self._vocab_size // _WORD_BITS)
+        num_bits: int = self._vocabulary.vocab_size
+        return -(-num_bits // _WORD_BITS)
 
     def _compile(self, guide: GuideSpec) -> Any:
         if self._vocabulary is None:
@@ -129,7 +133,11 @@ class GrammarCompiler:
     def _read_vocabulary(self) -> Any:
         try:
             text = self._path.read_text(encoding="utf-8")
-            return llguidance.LLTokenizer(text, n_vocab=self._vocab_size, eos_token=self._eos_token_ids or None)
+            try:
+                return llguidance.LLTokenizer(text, n_vocab=self._vocab_size, eos_token=self._eos_token_ids or None)
+            except ValueError:
+                # It does not tell a tokenizer with more ids than the model from a broken one: that fails again.
+                return llguidance.LLTokenizer(text, eos_token=self._eos_token_ids or None)
         except (OSError, ValueError) as error:
             reason = _one_line(str(error))
             raise NotSupported(f"{GUIDE_FIELD}: this model's tokenizer allows no guides: {reason}") from None

@@ -33,6 +33,33 @@ def read_json(folder: Path, name: str, is_required: bool = False) -> dict[str, A
     return document
 
 
+def configured_eos_token_ids(folder: Path) -> tuple[int, ...] | None:
+    """End-of-sequence ids: generation_config.json's, else config.json's; never those of both together.
+
+    Returns:
+        Each id once; None where neither file says any.
+
+    Raises:
+        ConfigError: A file is malformed, or its `eos_token_id` is neither a token id nor a list of them.
+    """
+    for name in ("generation_config.json", "config.json"):
+        for part in text_configs(read_json(folder, name)):
+            value = part.get("eos_token_id")
+            if value is None:
+                continue
+            token_ids = value if isinstance(value, list) else [value]
+            if not all(_is_token_id(token_id) for token_id in token_ids):
+                raise ConfigError(
+                    f"model.path={folder}: {name}: eos_token_id: {value!r} is neither a token id nor a list of them"
+                )
+            return tuple(dict.fromkeys(token_ids))
+    return None
+
+
+def _is_token_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
 def special_token(settings: dict[str, Any], name: str) -> str:
     """Text of `bos_token` and the like in tokenizer_config.json, which writes it as text or as an object."""
     token = settings.get(name)

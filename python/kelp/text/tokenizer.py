@@ -17,7 +17,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
 from kelp.core.errors import ConfigError
-from kelp.text.model_files import first_positive_int, read_json, special_token, text_configs
+from kelp.text.model_files import configured_eos_token_ids, first_positive_int, read_json, special_token
 from kelp.text.token_bound import longest_token_bytes
 
 
@@ -38,15 +38,16 @@ def _decoder_types(decoder: dict[str, Any] | None) -> list[str]:
     return [part["type"] for part in parts]
 
 
-def _eos_token_ids(folder: Path, settings: dict[str, Any], tokenizer: Any) -> tuple[int, ...]:
-    for name in ("generation_config.json", "config.json"):
-        for part in text_configs(read_json(folder, name)):
-            value = part.get("eos_token_id")
-            ids = value if isinstance(value, list) else [value]
-            if all(isinstance(token_id, int) for token_id in ids):
-                return tuple(ids)
-    token_id = tokenizer.token_to_id(special_token(settings, "eos_token"))
-    return () if token_id is None else (token_id,)
+def eos_token_ids(folder: Path) -> tuple[int, ...]:
+    """`Tokenizer.eos_token_ids` for those who need no tokenizer, and of folders that have none.
+
+    Raises:
+        ConfigError: A file that has to be read is malformed.
+    """
+    configured = configured_eos_token_ids(folder)
+    if configured is not None:
+        return configured
+    return Tokenizer(folder).eos_token_ids if (folder / "tokenizer.json").is_file() else ()
 
 
 class Tokenizer:
@@ -74,7 +75,8 @@ class Tokenizer:
         settings = read_json(folder, "tokenizer_config.json")
         self.bos_token = special_token(settings, "bos_token")
         self.eos_token = special_token(settings, "eos_token")
-        self.eos_token_ids = _eos_token_ids(folder, settings, self._tokenizer)
+        configured = configured_eos_token_ids(folder)
+        self.eos_token_ids = self._own_eos_token_ids() if configured is None else configured
         own_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self.vocab_size = first_positive_int(read_json(folder, "config.json"), "vocab_size") or own_size
         self._special_ids = frozenset(
@@ -113,6 +115,10 @@ class Tokenizer:
         """The id of a vocabulary entry."""
         token_id: int | None = self._tokenizer.token_to_id(piece)
         return token_id
+
+    def _own_eos_token_ids(self) -> tuple[int, ...]:
+        token_id = self.token_id(self.eos_token)
+        return () if token_id is None else (token_id,)
 
     def piece_bytes(self, token_id: int) -> bytes:
         """The bytes a token adds to the text; only meaningful where `is_byte_level`.

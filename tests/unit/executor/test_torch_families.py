@@ -1,18 +1,24 @@
 """Every family's greedy fp32 tokens and log-probs equal transformers', however the work is cut, batched or cached."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_families import FAMILIES, reference_answer, save_family
+from tiny_families import FAMILIES, VOCAB_SIZE, reference_answer, save_family
 from tiny_llama import Answer, Rig, random_prompt
 
+from kelp.core.clock import FakeClock
 from kelp.core.errors import ConfigError
 from kelp.executor.base import Tokens
+from kelp.executor.torch.drafts import DraftContext
+from kelp.executor.torch.engine import Engine
 
 NUM_TOKENS = 10
 LENGTHS = (1, 7, 40, 61)
@@ -65,6 +71,37 @@ def test_a_prefix_hit_changes_nothing(family):
     answer = rig.answer(prompt(61), NUM_TOKENS)
     assert answer.end.usage.cached_tokens == 44
     check(answer, family.expected[-1])
+
+
+@dataclass
+class HalfRightProposer:
+    """Drafts two tokens that come and one that does not."""
+
+    texts: list[list[int]]
+
+    def propose(self, contexts: Sequence[DraftContext]) -> list[npt.NDArray[np.int32]]:
+        return [self._draft(context) for context in contexts]
+
+    def _draft(self, context: DraftContext) -> npt.NDArray[np.int32]:
+        next_tokens = self.texts[int(context.request_id)][len(context.tokens) :][:3]
+        draft = [*next_tokens[:2], *[(token + 1) % VOCAB_SIZE for token in next_tokens[2:]]]
+        return np.asarray(draft[: context.max_tokens], np.int32)
+
+
+@pytest.mark.parametrize("step_tokens", [5, 24])
+def test_preemption_small_chunks_and_drafts_together_change_nothing(family, step_tokens):
+    prompts = [prompt(length) for length in (17, 18, 19, 20)]
+    expected = [reference_answer(family.model, each, 2 * NUM_TOKENS) for each in prompts]
+    rig = Rig(family.folder, num_blocks=24, max_step_tokens=step_tokens, max_running=4, num_draft_tokens=3)
+    proposer = HalfRightProposer([each + tokens for each, (tokens, _) in zip(prompts, expected, strict=True)])
+    rig.engine = Engine(rig.parts.runner, rig.pool, rig.parts.rules, FakeClock(), proposer=proposer)
+    answers = [rig.submit(each, 2 * NUM_TOKENS) for each in prompts]
+    rig.run()
+    load = rig.engine.load()
+    assert load.num_preemptions
+    assert 0 < load.num_accepted_tokens < load.num_draft_tokens
+    for answer, each in zip(answers, expected, strict=True):
+        check(answer, each)
 
 
 @pytest.mark.parametrize("name", ["qwen3-moe", "gemma3"])

@@ -17,11 +17,20 @@ from kelp.core.clock import SystemClock
 from kelp.core.config import default_cache_folder
 from kelp.core.errors import InvalidRequest, NotSupported
 from kelp.core.guide_spec import GuideSpec
-from kelp.core.messages import SamplingParams
+from kelp.core.messages import RequestUsage, SamplingParams
 from kelp.core.preprocess_messages import PreprocessOptions
 from kelp.core.request import Prompt
 from kelp.core.types import FinishReason, KVLayout, Role
-from kelp.executor.base import Completed, ExecutorEvent, ExecutorLimits, Failed, PoolMemory, Reserved, Tokens
+from kelp.executor.base import (
+    Admitted,
+    Completed,
+    ExecutorEvent,
+    ExecutorLimits,
+    Failed,
+    PoolMemory,
+    Reserved,
+    Tokens,
+)
 from kelp.executor.torch.batch import Chunk, Finished, Sampled, SamplePoint
 from kelp.executor.torch.engine import EngineRules
 from kelp.executor.torch.executor import TorchExecutor, TorchExecutorParts
@@ -74,6 +83,19 @@ def test_ids_that_no_token_stands_for_are_never_allowed(bench):
     allowed = _ids(_guide(bench, ANYTHING).allowed(())[0])
     assert bench.eos in allowed
     assert max(allowed) < bench.num_known < bench.vocab_size
+
+
+@pytest.mark.parametrize("num_missing", [1, 40])
+def test_a_tokenizer_may_know_more_ids_than_the_model(tmp_path, num_missing):
+    bench = GuidedBench(tmp_path)
+    vocab_size = bench.num_known - num_missing
+    grammar = GrammarCompiler(tmp_path, vocab_size, (bench.eos,)).compile(GuideSpec(kind="choice", choices=("x",)))
+    assert grammar.num_words == -(-bench.num_known // 32)
+    allowed = GrammarGuide(grammar).allowed(())[0]
+    assert _ids(allowed) == set(bench.ids("x"))
+    point = SamplePoint(SamplingParams(), np.zeros(1, np.int32), 1, frozenset())
+    (chosen,) = sample(torch.zeros(1, vocab_size), [replace(point, allowed=allowed)])
+    assert [chosen.token_id] == bench.ids("x")
 
 
 def test_masks_end_with_the_draft_that_the_guide_refuses(bench):
@@ -314,30 +336,33 @@ def executor(bench: GuidedBench) -> Iterator[TorchExecutor]:
     executor.close()
 
 
-def _end(executor: TorchExecutor, bench: GuidedBench, sampling: SamplingParams, output: Sequence[int]) -> Completed:
-    events: queue.SimpleQueue[ExecutorEvent] = queue.SimpleQueue()
-    executor.submit(replace(bench.request(sampling, output), sink=events.put))
-    while True:
-        event = events.get(timeout=WAIT_S)
-        if isinstance(event, Completed):
-            return event
-        assert not isinstance(event, Failed), event
-        if output:
-            assert not isinstance(event, Tokens), "a complete output goes on"
+def _events(
+    executor: TorchExecutor, bench: GuidedBench, sampling: SamplingParams, output: Sequence[int]
+) -> list[ExecutorEvent]:
+    arriving: queue.SimpleQueue[ExecutorEvent] = queue.SimpleQueue()
+    executor.submit(replace(bench.request(sampling, output), sink=arriving.put))
+    events = [arriving.get(timeout=WAIT_S)]
+    while not isinstance(events[-1], Completed | Failed):
+        events.append(arriving.get(timeout=WAIT_S))
+    return events
 
 
 def test_submitting_refuses_a_bad_guide_at_once(executor, bench):
     with pytest.raises(InvalidRequest, match="guided_decoding_guide"):
         executor.submit(bench.request(_sampling(GuideSpec(kind="regex", text="["))))
-    assert _end(executor, bench, _sampling(THREE_DIGITS), ()).finish_reason is FinishReason.STOP
+    end = _events(executor, bench, _sampling(THREE_DIGITS), ())[-1]
+    assert isinstance(end, Completed) and end.finish_reason is FinishReason.STOP
 
 
 @pytest.mark.parametrize("last", ["3", "eos"])
-def test_a_resumed_output_that_is_complete_ends_at_once(executor, bench, last):
+def test_a_resumed_output_that_is_complete_is_admitted_and_ends_at_once(executor, bench, last):
     spec = THREE_DIGITS if last == "3" else DIGITS
     output = [bench.ids(digit)[0] for digit in "12"]
     output.append(bench.eos if last == "eos" else bench.ids(last)[0])
-    assert _end(executor, bench, _sampling(spec), output).finish_reason is FinishReason.STOP
+    admitted, end = _events(executor, bench, _sampling(spec), output)
+    assert isinstance(admitted, Admitted) and admitted.usage == RequestUsage()
+    assert isinstance(end, Completed) and end.finish_reason is FinishReason.STOP
+    assert end.timings.arrival_ns <= end.timings.first_scheduled_ns == admitted.first_scheduled_ns
     load = executor.load()
     assert (load.num_running, load.num_waiting) == (0, 0)
 

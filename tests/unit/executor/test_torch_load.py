@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_llama import save_model
 
+import kelp.executor.torch.decoder
 import kelp.executor.torch.decoder_parts
 from kelp.core.clock import FakeClock
 from kelp.core.config import ExecutorConfig
@@ -18,6 +19,7 @@ from kelp.executor.torch.load_progress import LoadProgress
 from kelp.executor.torch.memory import allocate_pool, size_pool
 from kelp.executor.torch.model_config import load_model_config
 from kelp.executor.torch.options import TorchExecutorOptions
+from kelp.executor.torch.rotary import RotaryTable
 from kelp.executor.torch.tensor_files import TensorFiles
 
 CPU = torch.device("cpu")
@@ -164,6 +166,19 @@ def test_a_pool_beyond_free_memory_is_refused_with_both_sizes():
 def test_a_block_larger_than_the_share_of_memory_is_refused():
     with pytest.raises(ConfigError, match="executor.num_blocks: 0 blocks"):
         size_pool(LAYOUT, CPU, 1e-12)
+
+
+@pytest.mark.parametrize(("num_blocks", "num_positions"), [(8, 32), (512, 256)])
+def test_rotary_tables_reach_as_far_as_sequences_and_the_pool(folder, monkeypatch, num_blocks, num_positions):
+    sizes = []
+
+    def table(rope, size, *args):
+        sizes.append(size)
+        return RotaryTable(rope, size, *args)
+
+    monkeypatch.setattr(kelp.executor.torch.decoder, "RotaryTable", table)
+    load_parts(folder, TorchExecutorOptions(dtype="float32", block_size=4, num_blocks=num_blocks, threads=1))
+    assert [size.num_positions for size in sizes] == [num_positions]
 
 
 def test_the_parts_report_limits_and_layout(folder):

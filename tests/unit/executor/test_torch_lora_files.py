@@ -101,6 +101,16 @@ def test_a_rank_that_the_tensors_do_not_have_is_refused(original, broken):
         load(original, broken)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_value_that_is_not_finite_is_refused_by_its_tensor(original, broken, value):
+    path = broken / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors[f"{Q_PROJ}.lora_B.weight"][3, 1] = value
+    save_file(tensors, path)
+    with pytest.raises(ConfigError, match=rf"lora_adapters\.sql: tensor {Q_PROJ}.lora_B.weight holds values .* finite"):
+        load(original, broken)
+
+
 def test_a_target_without_tensors_is_refused(original, broken):
     path = broken / "adapter_model.safetensors"
     save_file({name: tensor for name, tensor in load_file(path).items() if "up_proj" not in name}, path)

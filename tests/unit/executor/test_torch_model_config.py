@@ -2,10 +2,13 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer as WordTokenizer
+from tokenizers import models
 
 from kelp.core.errors import ConfigError
 from kelp.executor.torch.decoder_config import Activation, LinearRope, Llama3Rope, RopeConfig, YarnRope
 from kelp.executor.torch.model_config import load_model_config
+from kelp.text.tokenizer import Tokenizer
 
 SMOLLM2 = {
     "architectures": ["LlamaForCausalLM"],
@@ -103,6 +106,8 @@ def test_qwen2_has_biases_and_windows_from_a_layer_on(write):
     config = load_model_config(write(**qwen2, use_sliding_window=True))
     assert (config.has_qkv_bias, config.has_output_bias, config.has_qk_norm) == (True, False, False)
     assert [layer.window for layer in config.layers] == [None] * 28 + [64] * 2
+    config = load_model_config(write(**{**qwen2, "max_window_layers": 0}, use_sliding_window=True))
+    assert {layer.window for layer in config.layers} == {64}
 
 
 def test_qwen3_heads_have_a_size_of_their_own(write):
@@ -155,10 +160,25 @@ def test_gemma_3_differs_from_llama_in_norms_scales_and_activation(write):
     assert config.activation is Activation.GELU_TANH
 
 
-def test_end_ids_of_the_generation_config_are_added(write):
-    folder = write(eos_token_id=[2, 3])
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 7]}))
-    assert load_model_config(folder).eos_token_ids == (2, 3, 7)
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [
+        ({"eos_token_id": [3, 7, 3]}, [2, 3], (3, 7)),
+        ({"eos_token_id": 0}, 2, (0,)),
+        ({"temperature": 0.5}, [2, 3], (2, 3)),
+        (None, 2, (2,)),
+        ({"eos_token_id": []}, 2, ()),
+        (None, None, (1,)),
+    ],
+)
+def test_executor_and_router_take_end_ids_from_the_first_file_that_names_some(write, generation, config, expected):
+    folder = write(eos_token_id=config)
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    WordTokenizer(models.WordLevel({"a": 0, "<end>": 1}, unk_token="a")).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
+    assert load_model_config(folder).eos_token_ids == expected
+    assert Tokenizer(folder).eos_token_ids == expected
 
 
 def test_a_model_without_end_ids_has_none(write):
@@ -206,6 +226,17 @@ def test_a_model_without_end_ids_has_none(write):
         ({**GEMMA3, "rope_parameters": {"rope_theta": 1e6}}, "rope_parameters.rope_theta: 1000000.0"),
         ({"vocab_size": ...}, "vocab_size: None"),
         ({"hidden_size": -1}, "hidden_size: -1"),
+        ({"head_dim": 63}, "head_dim: 63 is odd"),
+        ({"hidden_size": 27}, "head_dim: 3 is odd"),
+        ({"architectures": [["x"]]}, "architectures: [['x']]"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures: 'LlamaForCausalLM'"),
+        ({"architectures": ["Qwen2ForCausalLM"], "max_window_layers": "x"}, "max_window_layers: 'x'"),
+        ({"architectures": ["Qwen3ForCausalLM"], "max_window_layers": -1}, "max_window_layers: -1"),
+        ({"architectures": ["Qwen3ForCausalLM"], "layer_types": [["x"]] * 30}, "layer_types: "),
+        ({"eos_token_id": "x"}, "config.json: eos_token_id: 'x'"),
+        ({"eos_token_id": [2, None]}, "config.json: eos_token_id: [2, None]"),
+        ({"eos_token_id": True}, "config.json: eos_token_id: True"),
+        ({"eos_token_id": -1}, "config.json: eos_token_id: -1"),
     ],
 )
 def test_what_would_change_the_arithmetic_is_refused_by_name(write, overrides, message):
@@ -221,5 +252,5 @@ def test_a_folder_without_config_or_with_a_broken_one_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="not JSON"):
         load_model_config(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ConfigError, match="must be an object"):
+    with pytest.raises(ConfigError, match="must be a JSON object"):
         load_model_config(tmp_path)

@@ -26,8 +26,8 @@ class SamplePoint:
             during the step only.
         num_prompt_tokens: Where the output starts in `tokens`.
         stop_token_ids: Ids that would end the sequence; masked while fewer than `min_tokens` were generated.
-        allowed: `[ceil(vocab_size / 32)] int32`, bit *i* of word *w* set if token `32 * w + i` may come; None allows
-            all.
+        allowed: `[num_words] int32`, bit *i* of word *w* set if token `32 * w + i` may come; at least one bit for each
+            token of the vocabulary, further ones are ignored. None allows all.
     """
 
     params: SamplingParams

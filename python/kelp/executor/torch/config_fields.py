@@ -36,6 +36,13 @@ class ConfigFields:
             raise self.refusal(field, "is not a positive integer")
         return value
 
+    def non_negative_int(self, field: str, default: int) -> int:
+        """Raises: `ConfigError` if the field is neither 0 nor a positive integer."""
+        value = self.get(field, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise self.refusal(field, "is neither 0 nor a positive integer")
+        return value
+
     def positive_number(self, field: str, default: float | None = None) -> float:
         """Raises: `ConfigError` if neither the field nor the default is a positive number."""
         value = self.get(field, default)

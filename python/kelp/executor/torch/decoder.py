@@ -45,7 +45,7 @@ class Decoder:
         shape = AttentionShape(config.num_heads, config.attention_scale, windows)
         self._attention: Attention = choose_attention(pool, shape, attention)
         ropes = list(dict.fromkeys(layer.rope for layer in config.layers))
-        size = RotarySize(max_model_tokens, config.head_dim)
+        size = RotarySize(min(max_model_tokens, pool.shape[0] * pool.shape[4]), config.head_dim)
         self._rotaries = [RotaryTable(rope, size, pool.dtype, pool.device) for rope in ropes]
         self._rotary_of_layer = [ropes.index(layer.rope) for layer in config.layers]
         self._embedding = parts.embedding

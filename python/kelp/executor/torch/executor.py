@@ -17,6 +17,7 @@ from kelp.core.errors import CapacityError, InternalError, InvalidRequest, NotFo
 from kelp.core.messages import RequestTimings, RequestUsage
 from kelp.core.types import FinishReason, HandoffShape, KVLayout, Role, num_blocks_for
 from kelp.executor.base import (
+    Admitted,
     Completed,
     ExecutorEvent,
     ExecutorLimits,
@@ -114,7 +115,7 @@ class TorchExecutor:
             if num_waiting >= self._max_waiting:
                 raise CapacityError(f"{num_waiting} requests wait, executor.max_waiting is {self._max_waiting}")
             if guide is not None and guide.is_finished:
-                self._inbox.put(lambda _: guarded.sink(_nothing_to_add(arrival_ns)))
+                self._inbox.put(lambda _: self._end_at_once(guarded.sink, arrival_ns))
                 return
             self._ids.add(request_id)
             self._num_submitting += 1
@@ -205,6 +206,13 @@ class TorchExecutor:
             self._num_submitting -= 1
             engine.add(request, arrival_ns, guide)
 
+    def _end_at_once(self, sink: Sink, arrival_ns: int) -> None:
+        """For a resumed request whose earlier output is all that its guide allows."""
+        now_ns = self._clock.wall_ns()
+        timings = RequestTimings(arrival_ns=arrival_ns, first_scheduled_ns=now_ns)
+        sink(Admitted(RequestUsage(), now_ns))
+        sink(Completed(FinishReason.STOP, RequestUsage(), timings))
+
     def _forget(self, request_id: str) -> None:
         with self._lock:
             self._ids.discard(request_id)
@@ -254,8 +262,3 @@ class TorchExecutor:
                 wait_s = 0.0
         except queue.Empty:
             return True
-
-
-def _nothing_to_add(arrival_ns: int) -> Completed:
-    """How a resumed request ends whose earlier output is all that its guide allows."""
-    return Completed(FinishReason.STOP, RequestUsage(), RequestTimings(arrival_ns=arrival_ns))

@@ -128,7 +128,10 @@ class _Reader:
             tensor: torch.Tensor = file.get_tensor(key)
             if list(tensor.shape) != shape:
                 raise ConfigError(f"{where}: tensor {key} is {list(tensor.shape)}, rank and model make it {shape}")
-            sides.append(tensor.to(device=self._device, dtype=self._dtype))
+            side_in_use = tensor.to(device=self._device, dtype=self._dtype)
+            if not bool(side_in_use.isfinite().all()):
+                raise ConfigError(f"{where}: tensor {key} holds values that are not finite in {self._dtype}")
+            sides.append(side_in_use)
         return LowRank(sides[0], sides[1], adapter.scaling_of(module))
 
 

@@ -6,19 +6,18 @@ what transformers computes.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from kelp.core.errors import ConfigError
 from kelp.executor.torch.config_fields import ConfigFields
 from kelp.executor.torch.decoder_config import DecoderConfig
 from kelp.executor.torch.families.gemma import read_gemma3
 from kelp.executor.torch.families.llama import read_llama, read_mistral
 from kelp.executor.torch.families.mixtral import read_mixtral
 from kelp.executor.torch.families.qwen import read_qwen2, read_qwen3, read_qwen3_moe
+from kelp.text.model_files import read_json
+from kelp.text.tokenizer import eos_token_ids
 
 _FAMILIES: Mapping[str, Callable[[ConfigFields], DecoderConfig]] = {
     "Gemma3ForCausalLM": read_gemma3,
@@ -32,41 +31,15 @@ _FAMILIES: Mapping[str, Callable[[ConfigFields], DecoderConfig]] = {
 
 
 def load_model_config(folder: Path) -> DecoderConfig:
-    """Read `config.json` and, for further end-of-sequence ids, `generation_config.json` of a model folder.
+    """Read `config.json` of a model folder; its end-of-sequence ids are `text.tokenizer`'s.
 
     Raises:
         ConfigError: A file is missing or not JSON, or a field is missing, malformed or not supported.
     """
-    document = _read_json(folder / "config.json")
-    fields = ConfigFields(document)
-    architectures = document.get("architectures")
-    names = architectures if isinstance(architectures, list) else []
-    if len(names) != 1 or names[0] not in _FAMILIES:
+    fields = ConfigFields(read_json(folder, "config.json", is_required=True))
+    named = fields.get("architectures")
+    read = next((read for name, read in _FAMILIES.items() if named == [name]), None)
+    if read is None:
         raise fields.refusal("architectures", f"is not supported, only one of {', '.join(_FAMILIES)}")
     fields.refuse_when_set("quantization_config")
-    return replace(_FAMILIES[names[0]](fields), eos_token_ids=_eos_token_ids(folder, document))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ConfigError(f"model.path: {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise ConfigError(f"model.path: {path}: not JSON: {error}") from None
-    if not isinstance(document, dict):
-        raise ConfigError(f"model.path: {path}: the document must be an object")
-    return document
-
-
-def _eos_token_ids(folder: Path, document: Mapping[str, Any]) -> tuple[int, ...]:
-    values = [document.get("eos_token_id")]
-    path = folder / "generation_config.json"
-    if path.exists():
-        values.append(_read_json(path).get("eos_token_id"))
-    found: dict[int, None] = {}
-    for value in values:
-        for token_id in value if isinstance(value, list) else [value]:
-            if token_id is not None:
-                found[int(token_id)] = None
-    return tuple(found)
+    return replace(read(fields), eos_token_ids=eos_token_ids(folder))

@@ -35,6 +35,8 @@ def read_dense(fields: ConfigFields, layers: tuple[LayerConfig, ...], defaults: 
     num_heads = fields.positive_int("num_attention_heads")
     hidden_size = fields.positive_int("hidden_size")
     head_dim = fields.positive_int("head_dim", defaults.head_dim or hidden_size // num_heads)
+    if head_dim % 2:
+        raise ConfigError(f"head_dim: {head_dim} is odd, but rotary embeddings turn pairs")
     return DecoderConfig(
         vocab_size=fields.positive_int("vocab_size"),
         hidden_size=hidden_size,
@@ -69,8 +71,9 @@ def sliding_layers(fields: ConfigFields, is_sliding: list[bool]) -> list[bool]:
     Raises:
         ConfigError: `layer_types` is no list of `full_attention` and `sliding_attention`, one per layer.
     """
+    known = (_FULL, _SLIDING)
     kinds = fields.get("layer_types", [_SLIDING if sliding else _FULL for sliding in is_sliding])
-    if not isinstance(kinds, list) or len(kinds) != len(is_sliding) or not set(kinds) <= {_FULL, _SLIDING}:
+    if not isinstance(kinds, list) or len(kinds) != len(is_sliding) or not all(kind in known for kind in kinds):
         raise fields.refusal(
             "layer_types", f"is not one of {_FULL!r}, {_SLIDING!r} for each of {len(is_sliding)} layers"
         )

@@ -60,7 +60,7 @@ def _window(fields: ConfigFields) -> int | None:
 
 def _windowed_layers(fields: ConfigFields) -> tuple[LayerConfig, ...]:
     rope, window = read_rope(fields), _window(fields)
-    first = int(fields.get("max_window_layers", _MAX_WINDOW_LAYERS))
+    first = fields.non_negative_int("max_window_layers", _MAX_WINDOW_LAYERS)
     num_layers = fields.positive_int("num_hidden_layers")
     is_sliding = sliding_layers(fields, [window is not None and index >= first for index in range(num_layers)])
     if any(is_sliding) and window is None:
