@@ -115,6 +115,20 @@ def test_the_causal_softmax_sees_what_it_should(kernels: Kernels, window: int | 
 
 
 @needs_compiler
+@pytest.mark.parametrize("vocab_size", [50, 64, 49152])
+def test_the_greedy_choice_is_the_first_of_the_highest(kernels: Kernels, vocab_size: int) -> None:
+    logits = 8 * bf16(5, vocab_size, seed=1)
+    logits[1, [7, 31, 49]] = 90.0
+    logits[2, vocab_size - 1] = 90.0
+    logits[3] = -200.0
+    ids, log_probs = kernels.greedy(logits)
+    exact = logits.double().log_softmax(-1)
+    assert ids.tolist() == [int(row.argmax()) for row in exact.float().numpy()]
+    assert ids.tolist()[1:4] == [7, vocab_size - 1, 0]
+    torch.testing.assert_close(log_probs.double(), exact.gather(1, ids[:, None])[:, 0], rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
 def test_other_types_and_gaps_between_rows_are_left_to_torch() -> None:
     assert kernels_for(torch.zeros(2, 2)) is None
     assert kernels_for(torch.zeros(2, 4, dtype=torch.bfloat16)[:, :2]) is None

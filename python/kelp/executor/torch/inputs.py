@@ -43,14 +43,19 @@ class StepInputs:
 
 def make_inputs(chunks: Sequence[Chunk], attention: Attention, device: torch.device) -> StepInputs:
     """Lay a step out."""
+    lengths = [len(chunk.tokens) for chunk in chunks]
     tokens = np.concatenate([chunk.tokens for chunk in chunks])
-    positions = np.concatenate([np.arange(chunk.start, chunk.start + len(chunk.tokens)) for chunk in chunks])
-    ends = np.cumsum([len(chunk.tokens) for chunk in chunks])
-    rows = [np.arange(end - len(chunk.samples), end) for chunk, end in zip(chunks, ends, strict=True)]
+    starts = np.repeat(np.asarray([chunk.start for chunk in chunks], np.int64), lengths)
+    ends = np.cumsum(lengths)
+    positions = starts + np.arange(len(tokens)) - np.repeat(ends - lengths, lengths)
+    num_samples = [len(chunk.samples) for chunk in chunks]
+    # Row r of the samples is the last row of its chunk, less the samples of the chunk that follow it.
+    following = np.repeat(np.cumsum(num_samples), num_samples) - np.arange(sum(num_samples))
+    sampled_rows = np.repeat(ends, num_samples) - following
     return StepInputs(
         tokens=stage(tokens.astype(np.int64), device),
         positions=stage(positions, device),
-        sampled_rows=stage(np.concatenate(rows), device),
+        sampled_rows=stage(sampled_rows, device),
         attention=attention.plan(chunks),
         adapters=_adapters(chunks, device),
     )

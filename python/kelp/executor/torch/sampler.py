@@ -15,6 +15,7 @@ import torch
 
 from kelp.executor.torch.batch import Sampled, SamplePoint
 from kelp.executor.torch.device_sampler import Draws, choose, plan_draws
+from kelp.executor.torch.native.kernels import kernels_for
 from kelp.executor.torch.staging import stage
 
 _WORD_BITS = 32
@@ -29,7 +30,11 @@ def sample(logits: torch.Tensor, points: Sequence[SamplePoint]) -> list[Sampled]
     """
     if not points:
         return []
-    chosen, log_probs = sample_rows(logits, points, plan_draws(points, logits.device))
+    kernels = kernels_for(logits)
+    if kernels is not None and all(_is_plain_greedy(point) for point in points):
+        chosen, log_probs = kernels.greedy(logits)
+    else:
+        chosen, log_probs = sample_rows(logits, points, plan_draws(points, logits.device))
     return [Sampled(token_id, log_prob) for token_id, log_prob in zip(chosen.tolist(), log_probs.tolist(), strict=True)]
 
 
@@ -65,6 +70,10 @@ def _forbidden(masks: Sequence[npt.NDArray[np.int32] | None], logits: torch.Tens
     places = torch.arange(_WORD_BITS, dtype=torch.int32, device=logits.device)
     bits = words[:, :, None].bitwise_right_shift(places).bitwise_and(1)
     return bits.flatten(1)[:, : logits.shape[1]] == 0
+
+
+def _is_plain_greedy(point: SamplePoint) -> bool:
+    return point.params.temperature == 0 and point.allowed is None and not _changes_logits(point)
 
 
 def _changes_logits(point: SamplePoint) -> bool:

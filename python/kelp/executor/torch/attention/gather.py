@@ -210,14 +210,18 @@ class GatherAttention:
 
     def _token_rows(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         """Where K and V of each token go, in (token, half, head) order."""
-        starts: list[npt.NDArray[np.int64]] = []
+        block_tokens = self._num_layers * 2 * self._num_kv_heads * self._block_size
+        places: list[npt.NDArray[np.int64] | int] = []
         for chunk in chunks:
+            if len(chunk.tokens) == 1:
+                block, offset = divmod(chunk.start, self._block_size)
+                places.append(chunk.block_ids[block] * block_tokens + offset)
+                continue
             positions = np.arange(chunk.start, chunk.start + len(chunk.tokens))
             blocks = np.asarray(chunk.block_ids, np.int64)[positions // self._block_size]
-            block_tokens = self._num_layers * 2 * self._num_kv_heads * self._block_size
-            starts.append(blocks * block_tokens + positions % self._block_size)
+            places.append(blocks * block_tokens + positions % self._block_size)
         heads = np.arange(2 * self._num_kv_heads) * self._block_size
-        return self._index((np.concatenate(starts)[:, None] + heads[None, :]).ravel())
+        return self._index((np.hstack(places)[:, None] + heads[None, :]).ravel())
 
     def _index(self, array: npt.NDArray[np.int64]) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array, np.int64)).to(self._device)

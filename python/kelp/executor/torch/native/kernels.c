@@ -241,3 +241,26 @@ void kelp_causal_softmax(float *scores, uint16_t *weights, int64_t num_rows, int
         memset(to + count, 0, (size_t)(num_positions - last) * sizeof *to);
     }
 }
+
+/* Of each row of logits: the first highest one, and the log of its softmax. */
+void kelp_greedy(const uint16_t *logits, int64_t *ids, float *log_probs, int64_t num_rows, int64_t vocab_size,
+                 int64_t num_threads) {
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_rows * vocab_size > MIN_PARALLEL_WORK)
+    for (int64_t row = 0; row < num_rows; row++) {
+        const uint16_t *from = logits + row * vocab_size;
+        float lanes[LANES], highest, total = 0.0f;
+        int64_t i = 0, id = 0;
+        for (int64_t lane = 0; lane < LANES; lane++) lanes[lane] = widen(from[0]);
+        for (; i + LANES <= vocab_size; i += LANES)
+            for (int64_t lane = 0; lane < LANES; lane++) {
+                const float number = widen(from[i + lane]);
+                lanes[lane] = number > lanes[lane] ? number : lanes[lane];
+            }
+        highest = highest_of(lanes, LANES);
+        for (; i < vocab_size; i++) highest = widen(from[i]) > highest ? widen(from[i]) : highest;
+        for (i = 0; i < vocab_size; i++) total += exp_negative(widen(from[i]) - highest);
+        while (id < vocab_size - 1 && widen(from[id]) != highest) id++;
+        ids[row] = id;
+        log_probs[row] = -logf(total);
+    }
+}

@@ -98,6 +98,7 @@ class Kernels:
         self._rotate = _function(library, "kelp_rotate", "pppiiiii")
         self._silu_multiply = _function(library, "kelp_silu_multiply", "ppiii")
         self._causal_softmax = _function(library, "kelp_causal_softmax", "ppiiiifi")
+        self._greedy = _function(library, "kelp_greedy", "pppiii")
 
     def attend(
         self, shape: PoolShape, rows: PreparedRows, layer: int, window: int | None, query: torch.Tensor
@@ -169,6 +170,20 @@ class Kernels:
             torch.get_num_threads(),
         )
         return weights
+
+    def greedy(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first highest token of each dense row `[num_rows, vocab_size]`.
+
+        Returns:
+            Ids `[num_rows] int64` and log-probabilities `[num_rows] fp32`.
+        """
+        num_rows, vocab_size = logits.shape
+        ids = torch.empty(num_rows, dtype=torch.int64)
+        log_probs = torch.empty(num_rows, dtype=torch.float32)
+        self._greedy(
+            logits.data_ptr(), ids.data_ptr(), log_probs.data_ptr(), num_rows, vocab_size, torch.get_num_threads()
+        )
+        return ids, log_probs
 
 
 def kernels_for(tensor: torch.Tensor) -> Kernels | None:
