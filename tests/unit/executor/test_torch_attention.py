@@ -73,13 +73,14 @@ def test_bf16_scores_of_a_span_are_as_exact_as_fp32_ones(
     assert relative_error(attend_span(query, key, value, scale, window), expected) < 0.004
 
 
+@pytest.mark.skipif(products._MATMUL is None, reason="this torch has no such switch")
 def test_leaving_the_products_restores_the_precision_of_others_once_all_have_left() -> None:
     switch = torch.backends.mkldnn.matmul
     before = switch.fp32_precision
-    first, second = products._OneDnnProducts(), products._ONE_DNN
-    assert first is not second
-    with second, second:
-        assert switch.fp32_precision == "bf16"
+    with products._ONE_DNN:
+        with products._ONE_DNN:
+            assert switch.fp32_precision == "bf16"
+        assert switch.fp32_precision == "bf16", "another thread is still inside"
     assert switch.fp32_precision == before
 
 

@@ -2,8 +2,7 @@
 
 torch's bf16 product rounds its result to bf16, far too coarse for attention scores. An fp32 product goes to MKL by
 default, which is slow on other makers' processors; one that may round its operands to bf16 goes to oneDNN, 2.5 times as
-fast here. Keys, values and queries are bf16 numbers and lose nothing by that; the weights may be rounded, as torch's
-fused kernel rounds them too.
+fast here. Queries and keys are bf16 numbers and lose nothing by that.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ def has_fast_products(tensor: torch.Tensor) -> bool:
 
 
 def fp32_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """`left @ right` of fp32 tensors `[batch, rows, inner]` and `[batch, inner, columns]`."""
+    """`left @ right` of fp32 tensors `[batch, rows, inner]` and `[batch, inner, columns]` that hold bf16 numbers."""
     with _ONE_DNN:
         return torch.bmm(left, right)
 
