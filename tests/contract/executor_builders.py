@@ -9,7 +9,7 @@ from executor_harness import BLOCK_SIZE, NUM_BLOCKS
 
 from kelp.core.clock import SystemClock
 from kelp.executor.base import Executor
-from kelp.executor.torch.executor import TorchExecutor
+from kelp.executor.batching.executor import BatchingExecutor
 from kelp.executor.torch.load import load_parts
 from kelp.executor.torch.options import TorchExecutorOptions
 
@@ -28,7 +28,7 @@ def build_torch(folder: Path, max_running: int = 8, max_waiting: int = 64, max_i
     )
     parts = load_parts(folder, options)
     rules = replace(parts.rules, max_in_flight=max_in_flight)
-    return TorchExecutor(replace(parts, rules=rules), SystemClock())
+    return BatchingExecutor(replace(parts, rules=rules), SystemClock())
 
 
 EXECUTORS = [

@@ -16,7 +16,7 @@ from kelp.core.hashing import seed_hash
 from kelp.core.messages import SamplingParams
 from kelp.core.types import Role
 from kelp.executor.base import Completed, Executor, ExecutorEvent, ExecutorRequest, Failed, Tokens
-from kelp.executor.torch.executor import TorchExecutor
+from kelp.executor.batching.executor import BatchingExecutor
 from kelp.executor.torch.load import load_parts, load_torch_executor
 from kelp.executor.torch.options import TorchExecutorOptions
 from kelp.transport import open_agent
@@ -106,7 +106,7 @@ def test_steps_in_flight_change_no_token(graphs: bool, model_folder: Path):
             parts = load_parts(model_folder, replace(OPTIONS, enable_cuda_graphs=graphs))
             assert parts.rules.max_in_flight == 2
             rules = replace(parts.rules, max_in_flight=max_in_flight)
-            found.append(answers(TorchExecutor(replace(parts, rules=rules), SystemClock()), **sampling))
+            found.append(answers(BatchingExecutor(replace(parts, rules=rules), SystemClock()), **sampling))
         assert found[0] == found[1], sampling
 
 

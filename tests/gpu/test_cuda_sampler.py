@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kelp.core.messages import SamplingParams
-from kelp.executor.torch.batch import SamplePoint
+from kelp.executor.batching.batch import SamplePoint
 from kelp.executor.torch.cuda.runner import QueuedStep
 from kelp.executor.torch.device_sampler import plan_draws
 from kelp.executor.torch.noise import exponential_noise, noise_key

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from kelp.core.types import BlockId, FinishReason
-from kelp.executor.torch.batch import Chunk, Sampled
-from kelp.executor.torch.drafts import DraftContext
+from kelp.executor.batching.batch import Chunk, Sampled
+from kelp.executor.batching.drafts import DraftContext
 
 BLOCK_SIZE = 3
 VOCAB_SIZE = 20

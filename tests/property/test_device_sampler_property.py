@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kelp.core.messages import SamplingParams
-from kelp.executor.torch.batch import SamplePoint
+from kelp.executor.batching.batch import SamplePoint
 from kelp.executor.torch.sampler import sample
 
 VOCAB_SIZE = 40

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kelp.core.guide_spec import GuideSpec
 from kelp.core.messages import SamplingParams
 from kelp.core.types import FinishReason
-from kelp.executor.torch.guided import GrammarGuide
+from kelp.executor.batching.guided import GrammarGuide
 from support.guided import GuidedAnswer, GuidedBench
 
 MAX_TOKENS = 3000

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kelp.executor.torch.shares import share_out
+from kelp.executor.batching.shares import share_out
 
 Lengths = st.lists(st.integers(1, 200), min_size=1, max_size=12)
 

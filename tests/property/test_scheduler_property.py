@@ -22,10 +22,10 @@ from kelp.executor.base import (
     Reserved,
     Tokens,
 )
-from kelp.executor.torch.engine import Engine, EngineRules
-from kelp.executor.torch.history import SequenceRules
-from kelp.executor.torch.scheduler import SchedulerLimits
-from kelp.executor.torch.speculation import SpeculationRules
+from kelp.executor.batching.engine import Engine, EngineRules
+from kelp.executor.batching.history import SequenceRules
+from kelp.executor.batching.scheduler import SchedulerLimits
+from kelp.executor.batching.speculation import SpeculationRules
 from kelp.kv.pool import BlockPool
 
 MAX_DRAIN_STEPS = 3000

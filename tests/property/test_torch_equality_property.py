@@ -16,13 +16,13 @@ from kelp.core.hashing import seed_hash
 from kelp.core.messages import SamplingParams
 from kelp.core.types import FinishReason, Role, num_blocks_for
 from kelp.executor.base import Completed, ExecutorRequest
-from kelp.executor.torch.drafts import DraftContext, DraftProposer, NgramProposer
-from kelp.executor.torch.engine import Engine, EngineRules
-from kelp.executor.torch.executor import TorchExecutorParts
+from kelp.executor.batching.drafts import DraftContext, DraftProposer, NgramProposer
+from kelp.executor.batching.engine import Engine, EngineRules
+from kelp.executor.batching.executor import BatchingExecutorParts
+from kelp.executor.batching.scheduler import SchedulerLimits
+from kelp.executor.batching.speculation import SpeculationRules
 from kelp.executor.torch.load import load_parts
 from kelp.executor.torch.options import TorchExecutorOptions
-from kelp.executor.torch.scheduler import SchedulerLimits
-from kelp.executor.torch.speculation import SpeculationRules
 from kelp.kv.pool import BlockPool
 from unit.executor.tiny_llama import Answer, random_prompt, save_model
 
@@ -96,7 +96,7 @@ def model(folder: Path) -> LlamaForCausalLM:
 
 
 @pytest.fixture(scope="module")
-def parts(folder: Path, model: LlamaForCausalLM) -> TorchExecutorParts:
+def parts(folder: Path, model: LlamaForCausalLM) -> BatchingExecutorParts:
     """One pool for all examples: what earlier ones left in it must not matter."""
     return load_parts(folder, TorchExecutorOptions(dtype="float32", block_size=BLOCK_SIZE, num_blocks=40, threads=1))
 
@@ -133,7 +133,7 @@ class Prompter:
 class Run:
     """One scene, played to its end."""
 
-    def __init__(self, parts: TorchExecutorParts, scene: Scene, proposer: DraftProposer) -> None:
+    def __init__(self, parts: BatchingExecutorParts, scene: Scene, proposer: DraftProposer) -> None:
         self.scene = scene
         self.pool = BlockPool(scene.num_blocks)
         rules: EngineRules = replace(
@@ -172,7 +172,7 @@ class Run:
         self.engine.add(request, 1)
 
 
-def play(parts: TorchExecutorParts, scene: Scene) -> tuple[Run, Run]:
+def play(parts: BatchingExecutorParts, scene: Scene) -> tuple[Run, Run]:
     """The scene one step at a time without drafts, and as it is."""
     plain = Run(parts, replace(scene, num_draft_tokens=0, max_in_flight=1), NgramProposer())
     plain.play()

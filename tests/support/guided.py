@@ -15,13 +15,13 @@ from kelp.core.hashing import seed_hash
 from kelp.core.messages import SamplingParams
 from kelp.core.types import FinishReason, Role
 from kelp.executor.base import Completed, ExecutorEvent, ExecutorRequest, Failed, Tokens
-from kelp.executor.torch.batch import Chunk, Finished, ModelRunner, SamplePoint
-from kelp.executor.torch.engine import Engine, EngineRules
-from kelp.executor.torch.guided import start_guide
-from kelp.executor.torch.history import SequenceRules
+from kelp.executor.batching.batch import Chunk, Finished, ModelRunner, SamplePoint
+from kelp.executor.batching.engine import Engine, EngineRules
+from kelp.executor.batching.guided import start_guide
+from kelp.executor.batching.history import SequenceRules
+from kelp.executor.batching.scheduler import SchedulerLimits
+from kelp.executor.batching.speculation import SpeculationRules
 from kelp.executor.torch.sampler import sample
-from kelp.executor.torch.scheduler import SchedulerLimits
-from kelp.executor.torch.speculation import SpeculationRules
 from kelp.kv.pool import BlockPool
 from kelp.text.grammar import GrammarCompiler
 

@@ -14,13 +14,13 @@ from kelp.executor.base import (
     ExecutorRequest,
     Tokens,
 )
-from kelp.executor.torch.batch import Chunk, Finished, Sampled
-from kelp.executor.torch.drafts import DraftProposer, NgramProposer
-from kelp.executor.torch.engine import Engine, EngineRules
-from kelp.executor.torch.guide import Guide
-from kelp.executor.torch.history import SequenceRules
-from kelp.executor.torch.scheduler import SchedulerLimits
-from kelp.executor.torch.speculation import SpeculationRules
+from kelp.executor.batching.batch import Chunk, Finished, Sampled
+from kelp.executor.batching.drafts import DraftProposer, NgramProposer
+from kelp.executor.batching.engine import Engine, EngineRules
+from kelp.executor.batching.guide import Guide
+from kelp.executor.batching.history import SequenceRules
+from kelp.executor.batching.scheduler import SchedulerLimits
+from kelp.executor.batching.speculation import SpeculationRules
 from kelp.kv.pool import BlockPool
 
 EOS = 50

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from kelp.executor.batching.batch import Chunk
 from kelp.executor.torch.attention.base import Attention, AttentionShape
-from kelp.executor.torch.batch import Chunk
 
 
 @dataclass(frozen=True)

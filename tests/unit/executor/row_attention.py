@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from plain_attention import PlainAttention
 
-from kelp.executor.torch.batch import Chunk
+from kelp.executor.batching.batch import Chunk
 
 
 @dataclass(frozen=True)

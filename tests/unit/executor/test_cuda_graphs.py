@@ -12,10 +12,10 @@ from tiny_llama import Rig, random_prompt, reference_tokens, save_model
 
 from kelp.core.messages import SamplingParams
 from kelp.core.types import BlockId, KVLayout
+from kelp.executor.batching.batch import Chunk, SamplePoint
 from kelp.executor.torch import decoder as decoder_module
 from kelp.executor.torch.attention.base import AttentionShape
 from kelp.executor.torch.attention.gather import GatherAttention
-from kelp.executor.torch.batch import Chunk, SamplePoint
 from kelp.executor.torch.cuda.graphs import DecodeGraphs, GraphLimits
 from kelp.executor.torch.cuda.runner import CudaRunner
 from kelp.executor.torch.decoder import Decoder

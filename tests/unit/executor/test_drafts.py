@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kelp.executor.torch.drafts import Acceptance, DraftContext, NgramProposer
+from kelp.executor.batching.drafts import Acceptance, DraftContext, NgramProposer
 
 
 def guess(tokens: list[int], max_tokens: int = 3) -> list[int]:

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from kelp.core.messages import SamplingParams
+from kelp.executor.batching.batch import Chunk, SamplePoint
 from kelp.executor.torch.attention import dense, products
 from kelp.executor.torch.attention.base import Attention, AttentionShape
 from kelp.executor.torch.attention.dense import attend_span
 from kelp.executor.torch.attention.gather import GatherAttention
 from kelp.executor.torch.attention.native import NativeAttention, why_not_native
-from kelp.executor.torch.batch import Chunk, SamplePoint
 
 NUM_BLOCKS, NUM_LAYERS, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM = 96, 3, 2, 4, 16
 NUM_HEADS = 6

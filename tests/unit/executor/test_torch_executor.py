@@ -13,11 +13,11 @@ from kelp.core.hashing import seed_hash
 from kelp.core.messages import SamplingParams
 from kelp.core.types import KVLayout, Role
 from kelp.executor.base import Completed, ExecutorEvent, ExecutorLimits, ExecutorRequest, Failed, PoolMemory
-from kelp.executor.torch.batch import Chunk, Finished, Sampled
-from kelp.executor.torch.engine import EngineRules
-from kelp.executor.torch.executor import TorchExecutor, TorchExecutorParts
-from kelp.executor.torch.history import SequenceRules
-from kelp.executor.torch.scheduler import SchedulerLimits
+from kelp.executor.batching.batch import Chunk, Finished, Sampled
+from kelp.executor.batching.engine import EngineRules
+from kelp.executor.batching.executor import BatchingExecutor, BatchingExecutorParts
+from kelp.executor.batching.history import SequenceRules
+from kelp.executor.batching.scheduler import SchedulerLimits
 
 POISON = 13
 DIGEST = "0f" * 16
@@ -32,9 +32,9 @@ class PoisonedRunner:
 
 
 @pytest.fixture
-def executor() -> Iterator[TorchExecutor]:
-    executor = TorchExecutor(
-        TorchExecutorParts(
+def executor() -> Iterator[BatchingExecutor]:
+    executor = BatchingExecutor(
+        BatchingExecutorParts(
             runner=PoisonedRunner(),
             layout=KVLayout(8, 1, 1, 4, 8, "float32", "poisoned"),
             limits=ExecutorLimits(32, 20, (), {"sql": DIGEST}),
@@ -48,7 +48,7 @@ def executor() -> Iterator[TorchExecutor]:
     executor.close()
 
 
-def end_of(executor: TorchExecutor, request_id: str, token: int, **fields: str) -> Completed | Failed:
+def end_of(executor: BatchingExecutor, request_id: str, token: int, **fields: str) -> Completed | Failed:
     events: queue.SimpleQueue[ExecutorEvent] = queue.SimpleQueue()
     prompt = np.asarray([token] * 5, np.int32)
     sampling = SamplingParams(max_tokens=2)
@@ -62,7 +62,7 @@ def end_of(executor: TorchExecutor, request_id: str, token: int, **fields: str) 
 
 
 def test_a_failing_step_fails_its_requests_and_the_engine_serves_the_next(executor, caplog):
-    with caplog.at_level(logging.CRITICAL, logger="kelp.executor.torch.executor"):
+    with caplog.at_level(logging.CRITICAL, logger="kelp.executor.batching.executor"):
         end = end_of(executor, "bad", POISON)
     assert isinstance(end, Failed) and isinstance(end.error, InternalError)
     assert "out of memory" in end.error.text

@@ -17,8 +17,8 @@ from tiny_llama import Answer, Rig, random_prompt
 from kelp.core.clock import FakeClock
 from kelp.core.errors import ConfigError
 from kelp.executor.base import Tokens
-from kelp.executor.torch.drafts import DraftContext
-from kelp.executor.torch.engine import Engine
+from kelp.executor.batching.drafts import DraftContext
+from kelp.executor.batching.engine import Engine
 
 NUM_TOKENS = 10
 LENGTHS = (1, 7, 40, 61)

@@ -31,13 +31,13 @@ from kelp.executor.base import (
     Reserved,
     Tokens,
 )
-from kelp.executor.torch.batch import Chunk, Finished, Sampled, SamplePoint
-from kelp.executor.torch.engine import EngineRules
-from kelp.executor.torch.executor import TorchExecutor, TorchExecutorParts
-from kelp.executor.torch.guided import GrammarGuide, start_guide
-from kelp.executor.torch.history import SequenceRules
+from kelp.executor.batching.batch import Chunk, Finished, Sampled, SamplePoint
+from kelp.executor.batching.engine import EngineRules
+from kelp.executor.batching.executor import BatchingExecutor, BatchingExecutorParts
+from kelp.executor.batching.guided import GrammarGuide, start_guide
+from kelp.executor.batching.history import SequenceRules
+from kelp.executor.batching.scheduler import SchedulerLimits
 from kelp.executor.torch.sampler import sample
-from kelp.executor.torch.scheduler import SchedulerLimits
 from kelp.text.grammar import GrammarCompiler
 from kelp.text.preprocess import Preprocessor
 from support.guided import GuidedBench, NoiseRunner, answer
@@ -321,8 +321,8 @@ def test_preprocess_refuses_a_bad_guide_and_lets_a_good_one_pass(tmp_path):
 
 
 @pytest.fixture
-def executor(bench: GuidedBench) -> Iterator[TorchExecutor]:
-    parts = TorchExecutorParts(
+def executor(bench: GuidedBench) -> Iterator[BatchingExecutor]:
+    parts = BatchingExecutorParts(
         runner=NoiseRunner(bench.vocab_size),
         layout=KVLayout(64, 1, 1, 4, 8, "float32", "noise"),
         limits=ExecutorLimits(128, bench.vocab_size, (bench.eos,)),
@@ -331,13 +331,13 @@ def executor(bench: GuidedBench) -> Iterator[TorchExecutor]:
         max_waiting=4,
         grammars=bench.compiler,
     )
-    executor = TorchExecutor(parts, SystemClock())
+    executor = BatchingExecutor(parts, SystemClock())
     yield executor
     executor.close()
 
 
 def _events(
-    executor: TorchExecutor, bench: GuidedBench, sampling: SamplingParams, output: Sequence[int]
+    executor: BatchingExecutor, bench: GuidedBench, sampling: SamplingParams, output: Sequence[int]
 ) -> list[ExecutorEvent]:
     arriving: queue.SimpleQueue[ExecutorEvent] = queue.SimpleQueue()
     executor.submit(replace(bench.request(sampling, output), sink=arriving.put))

@@ -10,10 +10,10 @@ from tiny_llama import random_prompt, save_model
 from tiny_lora import ATTENTION, AdaptedModel, adapter, log_probs, save_mixtral, save_qwen2
 
 from kelp.core.clock import FakeClock
-from kelp.executor.torch.batch import Chunk
-from kelp.executor.torch.engine import Engine
+from kelp.executor.batching.batch import Chunk
+from kelp.executor.batching.engine import Engine
+from kelp.executor.batching.speculation import SpeculationRules
 from kelp.executor.torch.inputs import make_inputs
-from kelp.executor.torch.speculation import SpeculationRules
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:peft.*")
 

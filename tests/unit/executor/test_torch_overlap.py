@@ -8,8 +8,8 @@ from counting_bench import EOS, Bench, CountingRunner, reason, tokens
 from kelp.core.errors import InternalError
 from kelp.core.types import FinishReason, Role
 from kelp.executor.base import Completed, Failed
-from kelp.executor.torch.batch import Chunk, Finished, Sampled
-from kelp.executor.torch.speculation import SpeculationRules
+from kelp.executor.batching.batch import Chunk, Finished, Sampled
+from kelp.executor.batching.speculation import SpeculationRules
 
 
 class FailingStep:

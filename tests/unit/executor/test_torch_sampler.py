@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kelp.core.messages import SamplingParams
-from kelp.executor.torch.batch import SamplePoint
+from kelp.executor.batching.batch import SamplePoint
 from kelp.executor.torch.noise import exponential_noise, noise_key
 from kelp.executor.torch.sampler import sample
 

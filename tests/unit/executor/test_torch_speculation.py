@@ -8,8 +8,8 @@ from counting_bench import Bench, reason, tokens
 
 from kelp.core.types import FinishReason, Role
 from kelp.executor.base import Completed, Tokens
-from kelp.executor.torch.drafts import DraftContext
-from kelp.executor.torch.speculation import SpeculationRules
+from kelp.executor.batching.drafts import DraftContext
+from kelp.executor.batching.speculation import SpeculationRules
 
 EAGER = SpeculationRules(num_draft_tokens=3, row_cost=1 / 1000)
 LOOP = [0, 1, 2, 3, 4, 5, 6, 7, 0, 1]

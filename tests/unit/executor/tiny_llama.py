@@ -15,8 +15,8 @@ from kelp.core.hashing import seed_hash
 from kelp.core.messages import SamplingParams
 from kelp.core.types import Role
 from kelp.executor.base import Completed, ExecutorEvent, ExecutorRequest, Failed, Prefilled, Reserved, Tokens
-from kelp.executor.torch.engine import Engine
-from kelp.executor.torch.executor import TorchExecutorParts
+from kelp.executor.batching.engine import Engine
+from kelp.executor.batching.executor import BatchingExecutorParts
 from kelp.executor.torch.load import load_parts
 from kelp.executor.torch.options import TorchExecutorOptions
 from kelp.kv.pool import BlockPool
@@ -95,7 +95,7 @@ class Rig:
 
     def __init__(self, folder: Path, **options: object) -> None:
         defaults = {"dtype": "float32", "block_size": 4, "num_blocks": 64, "max_step_tokens": 64, "threads": 1}
-        self.parts: TorchExecutorParts = load_parts(folder, TorchExecutorOptions(**{**defaults, **options}))
+        self.parts: BatchingExecutorParts = load_parts(folder, TorchExecutorOptions(**{**defaults, **options}))
         self.pool = BlockPool(self.parts.layout.num_blocks)
         self.engine = Engine(self.parts.runner, self.pool, self.parts.rules, FakeClock())
         self.num_submitted = 0

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import embedding
 
+from kelp.executor.batching.batch import Chunk
 from kelp.executor.torch.attention.base import Attention, AttentionShape
 from kelp.executor.torch.attention.select import AUTO, choose_attention
-from kelp.executor.torch.batch import Chunk
 from kelp.executor.torch.decoder_config import DecoderConfig
 from kelp.executor.torch.decoder_parts import DecoderParts, LayerParts
 from kelp.executor.torch.inputs import StepInputs, make_inputs

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from kelp.core.messages import SamplingParams
-from kelp.executor.torch.batch import SamplePoint
+from kelp.executor.batching.batch import SamplePoint
 from kelp.executor.torch.noise import exponential_noise, noise_key
 from kelp.executor.torch.staging import stage
 

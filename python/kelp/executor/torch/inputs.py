@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from kelp.executor.batching.batch import Chunk
 from kelp.executor.torch.attention.base import Attention
-from kelp.executor.torch.batch import Chunk
 from kelp.executor.torch.staging import stage
 
 

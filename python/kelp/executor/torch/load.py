@@ -12,20 +12,20 @@ from kelp.core.errors import ConfigError
 from kelp.core.model_identity import adapter_digest, model_identity
 from kelp.core.types import KVLayout
 from kelp.executor.base import ExecutorLimits
+from kelp.executor.batching.engine import EngineRules
+from kelp.executor.batching.executor import BatchingExecutor, BatchingExecutorParts
+from kelp.executor.batching.history import SequenceRules
+from kelp.executor.batching.scheduler import SchedulerLimits
+from kelp.executor.batching.speculation import SpeculationRules
 from kelp.executor.torch.decoder import Decoder
 from kelp.executor.torch.decoder_config import DecoderConfig
 from kelp.executor.torch.decoder_parts import OnProgress, load_decoder_parts
-from kelp.executor.torch.engine import EngineRules
-from kelp.executor.torch.executor import TorchExecutor, TorchExecutorParts
-from kelp.executor.torch.history import SequenceRules
 from kelp.executor.torch.host_memory import keep_freed_memory
 from kelp.executor.torch.load_progress import LoadProgress
 from kelp.executor.torch.memory import allocate_pool, size_pool
 from kelp.executor.torch.model_config import load_model_config
 from kelp.executor.torch.options import TorchExecutorOptions
 from kelp.executor.torch.runners import NUM_SCRATCH_BLOCKS, make_runner
-from kelp.executor.torch.scheduler import SchedulerLimits
-from kelp.executor.torch.speculation import SpeculationRules
 from kelp.text.grammar import GrammarCompiler
 
 _ROW_COST = {"cpu": 1 / 16, "cuda": 1 / 256}
@@ -34,7 +34,9 @@ _MAX_IN_FLIGHT = {"cpu": 1, "cuda": 2}
 """See `EngineRules`; a CPU that computes has no time to plan meanwhile."""
 
 
-def load_torch_executor(model_folder: Path, options: TorchExecutorOptions, clock: Clock | None = None) -> TorchExecutor:
+def load_torch_executor(
+    model_folder: Path, options: TorchExecutorOptions, clock: Clock | None = None
+) -> BatchingExecutor:
     """Load weights, size and allocate the KV pool, start the engine. Takes seconds; sets torch's thread count.
 
     Raises:
@@ -44,12 +46,12 @@ def load_torch_executor(model_folder: Path, options: TorchExecutorOptions, clock
     # between operations once there are more of them than cores: decoding then takes twice as long.
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="kelp-load") as short_lived:
         parts = short_lived.submit(load_parts, model_folder, options).result()
-    return TorchExecutor(parts, clock or SystemClock())
+    return BatchingExecutor(parts, clock or SystemClock())
 
 
 def load_parts(
     model_folder: Path, options: TorchExecutorOptions, on_progress: OnProgress | None = None
-) -> TorchExecutorParts:
+) -> BatchingExecutorParts:
     """Everything of `load_torch_executor` but the running engine; without `on_progress` a long load is logged.
 
     Raises:
@@ -77,7 +79,7 @@ def load_parts(
         speculation=SpeculationRules(options.num_draft_tokens, _ROW_COST[device.type]),
         max_in_flight=_MAX_IN_FLIGHT[device.type],
     )
-    return TorchExecutorParts(
+    return BatchingExecutorParts(
         runner=make_runner(decoder, layout, max_model_tokens, options),
         layout=layout,
         limits=ExecutorLimits(max_model_tokens, config.vocab_size, config.eos_token_ids, adapter_digests),

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from kelp.executor.torch.batch import Chunk, Finished, Sampled
+from kelp.executor.batching.batch import Chunk, Finished, Sampled
 from kelp.executor.torch.decoder import Decoder
 from kelp.executor.torch.sampler import sample
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 
 from kelp.core.types import BlockId, KVLayout
+from kelp.executor.batching.batch import ModelRunner
 from kelp.executor.torch.attention.paged import RowAttention
-from kelp.executor.torch.batch import ModelRunner
 from kelp.executor.torch.cuda.graphs import DecodeGraphs, GraphLimits, capture_graph
 from kelp.executor.torch.cuda.runner import CudaRunner
 from kelp.executor.torch.decoder import Decoder

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kelp.executor.torch.batch import Sampled, SamplePoint
+from kelp.executor.batching.batch import Sampled, SamplePoint
 from kelp.executor.torch.device_sampler import Draws, choose, plan_draws
 from kelp.executor.torch.native.kernels import kernels_for
 from kelp.executor.torch.staging import stage

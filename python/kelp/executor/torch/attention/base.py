@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from kelp.executor.torch.batch import Chunk
+from kelp.executor.batching.batch import Chunk
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,9 +21,9 @@ import numpy.typing as npt
 import torch
 
 from kelp.core.types import num_blocks_for
+from kelp.executor.batching.batch import Chunk
 from kelp.executor.torch.attention.base import AttentionShape
 from kelp.executor.torch.attention.dense import attend_group, attend_span
-from kelp.executor.torch.batch import Chunk
 
 _MIN_GROUP_BLOCKS = 8
 """Sequences up to this long share a group, whatever the padding."""

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from kelp.core.types import num_blocks_for
+from kelp.executor.batching.batch import Chunk
 from kelp.executor.torch.attention.base import AttentionShape
 from kelp.executor.torch.attention.gather import GatherAttention, GatherPlan
-from kelp.executor.torch.batch import Chunk
 from kelp.executor.torch.native.kernels import (
     MAX_GROUP,
     MAX_HEAD_DIM,

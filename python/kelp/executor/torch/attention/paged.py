@@ -10,8 +10,8 @@ import numpy.typing as npt
 import torch
 
 from kelp.core.types import num_blocks_for
+from kelp.executor.batching.batch import Chunk
 from kelp.executor.torch.attention.base import Attention
-from kelp.executor.torch.batch import Chunk
 
 
 @runtime_checkable

@@ -15,10 +15,10 @@ import numpy.typing as npt
 import torch
 
 from kelp.core.types import num_blocks_for
+from kelp.executor.batching.batch import Chunk
 from kelp.executor.torch.attention import split_kv_kernel as kernels
 from kelp.executor.torch.attention.base import AttentionShape
 from kelp.executor.torch.attention.paged import block_tables, token_places
-from kelp.executor.torch.batch import Chunk
 from kelp.executor.torch.staging import stage_int32
 
 IS_COMPILED = kernels.IS_COMPILED

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from kelp.core.types import BlockId, num_blocks_for
+from kelp.executor.batching.batch import Chunk
 from kelp.executor.torch.attention.base import Attention, AttentionShape
 from kelp.executor.torch.attention.gather import GatherAttention
 from kelp.executor.torch.attention.paged import RowAttention, block_tables
-from kelp.executor.torch.batch import Chunk
 
 _TOLERANCE = {torch.float32: 1e-3}
 _HALF_TOLERANCE = 3e-2

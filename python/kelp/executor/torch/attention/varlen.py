@@ -18,9 +18,9 @@ import numpy.typing as npt
 import torch
 from torch.nn import attention as torch_attention
 
+from kelp.executor.batching.batch import Chunk
 from kelp.executor.torch.attention.base import AttentionShape
 from kelp.executor.torch.attention.paged import block_tables, token_places
-from kelp.executor.torch.batch import Chunk
 from kelp.executor.torch.staging import stage_int32
 
 varlen_attn: Callable[..., Any] | None

@@ -20,8 +20,8 @@ import numpy.typing as npt
 import torch
 
 from kelp.core.types import BlockId, num_blocks_for
+from kelp.executor.batching.batch import Chunk
 from kelp.executor.torch.attention.paged import RowAttention
-from kelp.executor.torch.batch import Chunk
 from kelp.executor.torch.decoder import Decoder
 from kelp.executor.torch.inputs import StepInputs
 from kelp.executor.torch.staging import stage

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kelp.executor.torch.batch import Chunk, Sampled
+from kelp.executor.batching.batch import Chunk, Sampled
 from kelp.executor.torch.cuda.graphs import DecodeGraphs
 from kelp.executor.torch.decoder import Decoder
 from kelp.executor.torch.device_sampler import plan_draws

@@ -14,16 +14,16 @@ from kelp.core.clock import Clock
 from kelp.core.errors import DeadlineExceeded, InvalidRequest, KelpError, ProtocolError
 from kelp.core.types import FinishReason
 from kelp.executor.base import Completed, ExecutorEvent, ExecutorLoad, ExecutorRequest, Failed
-from kelp.executor.torch.batch import ModelRunner
-from kelp.executor.torch.drafts import DraftProposer, NgramProposer
-from kelp.executor.torch.flights import Flights
-from kelp.executor.torch.guide import Guide
-from kelp.executor.torch.history import SequenceRules
-from kelp.executor.torch.progress import Progress
-from kelp.executor.torch.scheduler import Scheduler, SchedulerLimits
-from kelp.executor.torch.sequence import Sequence, Stage
-from kelp.executor.torch.speculation import Speculation, SpeculationRules
-from kelp.executor.torch.steps import Outcome, Steps
+from kelp.executor.batching.batch import ModelRunner
+from kelp.executor.batching.drafts import DraftProposer, NgramProposer
+from kelp.executor.batching.flights import Flights
+from kelp.executor.batching.guide import Guide
+from kelp.executor.batching.history import SequenceRules
+from kelp.executor.batching.progress import Progress
+from kelp.executor.batching.scheduler import Scheduler, SchedulerLimits
+from kelp.executor.batching.sequence import Sequence, Stage
+from kelp.executor.batching.speculation import Speculation, SpeculationRules
+from kelp.executor.batching.steps import Outcome, Steps
 from kelp.kv.pool import BlockPool
 
 _NGRAMS = NgramProposer()

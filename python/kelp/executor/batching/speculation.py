@@ -15,8 +15,8 @@ import math
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
-from kelp.executor.torch.drafts import DraftContext, DraftProposer
-from kelp.executor.torch.sequence import Sequence
+from kelp.executor.batching.drafts import DraftContext, DraftProposer
+from kelp.executor.batching.sequence import Sequence
 
 _WATCH_PERIOD_TOKENS = 8
 _RATE_LIMITS = (0.01, 0.99)

@@ -21,11 +21,11 @@ from dataclasses import dataclass, field
 
 from kelp.core.types import BlockId, FinishReason, Role, SequenceHash, num_blocks_for
 from kelp.executor.base import ExecutorRequest
-from kelp.executor.torch.batch import Chunk, Sampled, SamplePoint
-from kelp.executor.torch.drafts import Acceptance
-from kelp.executor.torch.guide import Guide
-from kelp.executor.torch.history import History, SequenceRules
-from kelp.executor.torch.progress import Progress
+from kelp.executor.batching.batch import Chunk, Sampled, SamplePoint
+from kelp.executor.batching.drafts import Acceptance
+from kelp.executor.batching.guide import Guide
+from kelp.executor.batching.history import History, SequenceRules
+from kelp.executor.batching.progress import Progress
 
 
 class Stage(enum.Enum):

@@ -19,10 +19,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from kelp.core.types import BlockId
-from kelp.executor.torch.prefixes import PromisedBlocks
-from kelp.executor.torch.sequence import Sequence, Stage
-from kelp.executor.torch.shares import share_out
-from kelp.executor.torch.speculation import Speculation
+from kelp.executor.batching.prefixes import PromisedBlocks
+from kelp.executor.batching.sequence import Sequence, Stage
+from kelp.executor.batching.shares import share_out
+from kelp.executor.batching.speculation import Speculation
 from kelp.kv.pool import BlockPool
 
 _IMPORT_PATIENCE_S = 1.0

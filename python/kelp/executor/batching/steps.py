@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from kelp.core.clock import Clock
 from kelp.core.types import FinishReason
 from kelp.executor.base import Admitted, ExecutorEvent, Prefilled, Reserved, Tokens
-from kelp.executor.torch.batch import Sampled
-from kelp.executor.torch.flights import Flights, Part
-from kelp.executor.torch.scheduler import Plan, Scheduler
-from kelp.executor.torch.sequence import Sequence, Stage
-from kelp.executor.torch.speculation import Speculation
+from kelp.executor.batching.batch import Sampled
+from kelp.executor.batching.flights import Flights, Part
+from kelp.executor.batching.scheduler import Plan, Scheduler
+from kelp.executor.batching.sequence import Sequence, Stage
+from kelp.executor.batching.speculation import Speculation
 
 
 @dataclass(slots=True)

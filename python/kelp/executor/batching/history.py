@@ -14,8 +14,8 @@ import numpy.typing as npt
 from kelp.core.hashing import child_hash, sequence_hashes
 from kelp.core.types import FinishReason, Role, SequenceHash
 from kelp.executor.base import ExecutorRequest
-from kelp.executor.torch.batch import SamplePoint
-from kelp.executor.torch.guide import Guide
+from kelp.executor.batching.batch import SamplePoint
+from kelp.executor.batching.guide import Guide
 
 Tokens = npt.NDArray[np.int32]
 """`[num_tokens] int32`."""

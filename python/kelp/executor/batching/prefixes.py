@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Many
 
 from kelp.core.types import SequenceHash
-from kelp.executor.torch.sequence import Sequence
+from kelp.executor.batching.sequence import Sequence
 
 
 class PromisedBlocks:

@@ -27,10 +27,10 @@ from kelp.executor.base import (
     PoolMemory,
     Sink,
 )
-from kelp.executor.torch.batch import ModelRunner
-from kelp.executor.torch.engine import Engine, EngineRules
-from kelp.executor.torch.guide import Guide
-from kelp.executor.torch.guided import start_guide
+from kelp.executor.batching.batch import ModelRunner
+from kelp.executor.batching.engine import Engine, EngineRules
+from kelp.executor.batching.guide import Guide
+from kelp.executor.batching.guided import start_guide
 from kelp.kv.pool import BlockPool
 from kelp.text.grammar import GrammarCompiler
 
@@ -39,7 +39,7 @@ _Command = Callable[[Engine], None]
 
 
 @dataclass(frozen=True, slots=True)
-class TorchExecutorParts:
+class BatchingExecutorParts:
     """What a torch executor is assembled from (`load.load_torch_executor`).
 
     Attributes:
@@ -55,10 +55,10 @@ class TorchExecutorParts:
     grammars: GrammarCompiler | None = None
 
 
-class TorchExecutor:
+class BatchingExecutor:
     """See `executor.base.Executor`. Starts its thread at once."""
 
-    def __init__(self, parts: TorchExecutorParts, clock: Clock) -> None:
+    def __init__(self, parts: BatchingExecutorParts, clock: Clock) -> None:
         self._layout = parts.layout
         self._limits = parts.limits
         self._memory = parts.memory

@@ -10,9 +10,9 @@ from collections import deque
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
-from kelp.executor.torch.batch import Chunk, Launched, ModelRunner, Sampled
-from kelp.executor.torch.scheduler import Work
-from kelp.executor.torch.sequence import Sequence
+from kelp.executor.batching.batch import Chunk, Launched, ModelRunner, Sampled
+from kelp.executor.batching.scheduler import Work
+from kelp.executor.batching.sequence import Sequence
 
 MAX_IN_FLIGHT = 2
 """A chunk can take its token from the launch before it, not from earlier ones."""
