@@ -16,6 +16,19 @@ SequenceHash = NewType("SequenceHash", bytes)
 """16-byte digest of a full block and everything before it (`core.hashing`)."""
 
 
+WorkerKey = tuple[str, str]
+"""A worker's id and epoch: a restarted worker is another one."""
+
+
+class Tier(enum.IntEnum):
+    """Where a block's KV lies, fastest first; the value indexes arrays."""
+
+    DEVICE = 0
+    HOST = 1
+    DISK = 2
+    OBJECT = 3
+
+
 class Role(str, enum.Enum):
     """What a worker does for a request."""
 

@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kelp.core.errors import KelpError
+from kelp.core.kv_events import KVEventSink
 from kelp.core.messages import RequestTimings, RequestUsage, SamplingParams
 from kelp.core.types import BlockId, FinishReason, HandoffShape, KVLayout, Role, SequenceHash
 
@@ -194,6 +195,12 @@ class Executor(Protocol):
     @property
     def pool_memory(self) -> PoolMemory:
         """The KV pool's memory; valid until `close`."""
+
+    def watch_kv(self, sink: KVEventSink) -> None:
+        """Report every block that enters or leaves the prefix cache, in order, from the executor's thread.
+
+        To be called once, before the first `submit`. The sink only hands the event over and never blocks.
+        """
 
     def submit(self, request: ExecutorRequest) -> None:
         """Queue a request; returns at once, except that a request's first guide may take up to a second to compile.

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from kelp.core.errors import CapacityError, InternalError
+from kelp.core.kv_events import BlocksRemoved, BlocksStored, KVEventSink
 from kelp.core.types import BlockId, SequenceHash
 
 
@@ -48,6 +49,11 @@ class BlockPool:
         self._free: deque[BlockId] = deque(BlockId(index) for index in range(num_blocks))
         self._cached: OrderedDict[BlockId, None] = OrderedDict()
         self._by_hash: dict[SequenceHash, BlockId] = {}
+        self._sink: KVEventSink = lambda _: None
+
+    def watch(self, sink: KVEventSink) -> None:
+        """Report every block that can be matched from now on, or no longer, as it happens."""
+        self._sink = sink
 
     @property
     def num_blocks(self) -> int:
@@ -119,8 +125,8 @@ class BlockPool:
                 block.state = BlockState.CACHED
                 self._cached[block_id] = None
 
-    def seal(self, block_id: BlockId, sequence_hash: SequenceHash) -> bool:
-        """Declare the content of a held, full block final.
+    def seal(self, block_id: BlockId, sequence_hash: SequenceHash, parent: SequenceHash | None = None) -> bool:
+        """Declare the content of a held, full block final; `parent` names the block before it, None the first's.
 
         Of several blocks with one hash the first stays the canonical one; the others stay anonymous and become
         free, not cached, at their release.
@@ -136,7 +142,9 @@ class BlockPool:
             raise InternalError(f"block {block_id} is already sealed under another hash")
         if self._by_hash.setdefault(sequence_hash, block_id) != block_id:
             return False
-        block.sequence_hash = sequence_hash
+        if block.sequence_hash is None:
+            block.sequence_hash = sequence_hash
+            self._sink(BlocksStored((sequence_hash,), parent))
         return True
 
     def match(self, hashes: Sequence[SequenceHash]) -> list[BlockId]:
@@ -188,6 +196,7 @@ class BlockPool:
         block = self._blocks[block_id]
         assert block.sequence_hash is not None
         del self._by_hash[block.sequence_hash]
+        self._sink(BlocksRemoved((block.sequence_hash,)))
         block.sequence_hash = None
         return block_id
 

@@ -10,7 +10,7 @@ from typing import Annotated, Protocol
 
 from pydantic import Field, TypeAdapter
 
-from kelp.core.types import HandoffShape, KVLayout, Role, WorkerState
+from kelp.core.types import HandoffShape, KVLayout, Role, WorkerKey, WorkerState
 from kelp.core.wire import Message
 
 _Name = Annotated[str, Field(min_length=1, max_length=256)]
@@ -54,6 +54,12 @@ class WorkerRecord(Message):
         epoch: Random per incarnation; a new one means that the worker's KV is gone.
         endpoint: `host:port` of the tritonserver's gRPC service.
         handoff_endpoint: `host:port` of the KV handoff service; empty for workers that never prefill for others.
+        events_endpoint: `host:port` of the ZMQ PUB socket with the worker's KV events; empty for a worker that does not
+            publish, whose residency routers can only guess.
+        replay_endpoint: `host:port` of the ZMQ ROUTER socket that repeats missed events and gives snapshots.
+        max_step_tokens: Token budget of one step; 0 if unknown.
+        max_running: Sequences that run at once; 0 if unknown.
+        tags: Where the worker stands, `zone` and `rack` for example; requests may require or prefer values.
         heartbeat_ns: Wall clock at the last renewal.
     """
 
@@ -66,10 +72,20 @@ class WorkerRecord(Message):
     handoff_endpoint: Annotated[str, Field(max_length=256)] = ""
     handoff_shape: HandoffShape = HandoffShape.RENDEZVOUS
     layout: LayoutRecord
+    events_endpoint: Annotated[str, Field(max_length=256)] = ""
+    replay_endpoint: Annotated[str, Field(max_length=256)] = ""
+    max_step_tokens: _Count = 0
+    max_running: _Count = 0
+    tags: Annotated[dict[_Name, _Name], Field(max_length=16)] = {}
     num_running: _Count = 0
     num_waiting: _Count = 0
     num_free_blocks: _Count = 0
     heartbeat_ns: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+    @property
+    def key(self) -> WorkerKey:
+        """This incarnation's name."""
+        return self.worker_id, self.epoch
 
 
 WORKER_RECORD: TypeAdapter[WorkerRecord] = TypeAdapter(WorkerRecord)

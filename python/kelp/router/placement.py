@@ -9,12 +9,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kelp.core.errors import CapacityError
-from kelp.core.types import Role
+from kelp.core.types import Role, WorkerKey
 from kelp.registry.base import WorkerRecord
 from kelp.router.policies import Candidate, Policy, RoutingRequest
-
-WorkerKey = tuple[str, str]
-"""A worker's id and epoch: a restarted worker is another one."""
 
 
 class WorkersView(Protocol):
@@ -45,7 +42,7 @@ class Placement:
 
 def key_of(record: WorkerRecord) -> WorkerKey:
     """See `WorkerKey`."""
-    return record.worker_id, record.epoch
+    return record.key
 
 
 class Placer:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from kelp.client.base import WorkerOutput
 from kelp.core.errors import CapacityError, KelpError, WorkerLost
 from kelp.core.metrics import RETRIES, Metrics
-from kelp.core.types import FinishReason
+from kelp.core.types import FinishReason, WorkerKey
 from kelp.router.attempt import Attempt, AttemptParts
 from kelp.router.job import Job
-from kelp.router.placement import Placement, Placer, WorkerKey, key_of
+from kelp.router.placement import Placement, Placer, key_of
 
 _MAX_ATTEMPTS = 4
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from kelp.core.clock import Clock
 from kelp.core.errors import CapacityError, InternalError, InvalidRequest, NotFound, PromptTooLong, WorkerLost
+from kelp.core.kv_events import KVEventSink
 from kelp.core.messages import RequestTimings, RequestUsage
 from kelp.core.types import FinishReason, HandoffShape, KVLayout, Role, num_blocks_for
 from kelp.executor.base import (
@@ -70,8 +71,8 @@ class BatchingExecutor:
         self._ids: set[str] = set()
         self._num_submitting = 0
         self._is_closed = False
-        pool = BlockPool(parts.layout.num_blocks)
-        self._engine = Engine(parts.runner, pool, parts.rules, clock, self._forget)
+        self._pool = BlockPool(parts.layout.num_blocks)
+        self._engine = Engine(parts.runner, self._pool, parts.rules, clock, self._forget)
         self._thread = threading.Thread(target=self._run, name="kelp-torch-executor", daemon=True)
         self._thread.start()
 
@@ -94,6 +95,10 @@ class BatchingExecutor:
     def pool_memory(self) -> PoolMemory:
         """See `Executor`."""
         return self._memory
+
+    def watch_kv(self, sink: KVEventSink) -> None:
+        """See `Executor`."""
+        self._inbox.put(lambda _: self._pool.watch(sink))
 
     def submit(self, request: ExecutorRequest) -> None:
         """See `Executor`.

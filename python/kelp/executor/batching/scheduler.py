@@ -116,8 +116,8 @@ class Scheduler:
     def seal(self, sequence: Sequence) -> None:
         """Make the full blocks whose KV became final known to the prefix cache."""
         if self._limits.enable_prefix_cache:
-            for block_id, sequence_hash in sequence.take_sealable():
-                self._pool.seal(block_id, sequence_hash)
+            for block_id, sequence_hash, parent in sequence.take_sealable():
+                self._pool.seal(block_id, sequence_hash, parent)
                 self._promised.keep(sequence_hash)
 
     def seconds_to_patience(self, now_s: float) -> float | None:

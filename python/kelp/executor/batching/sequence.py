@@ -168,12 +168,15 @@ class Sequence:
         self.is_import = False
         self.num_computed = self.num_launched = self.num_prompt_tokens
 
-    def take_sealable(self) -> list[tuple[BlockId, SequenceHash]]:
-        """Full blocks whose KV became final since the last call, with their names."""
+    def take_sealable(self) -> list[tuple[BlockId, SequenceHash, SequenceHash | None]]:
+        """Full blocks whose KV became final since the last call, with their names and those of the blocks before."""
         num_full = self.num_computed // self.rules.block_size
         hashes = self.history.block_hashes(num_full)
         first, self._num_sealed = self._num_sealed, num_full
-        return [(self.block_ids[index], hashes[index]) for index in range(first, num_full)]
+        return [
+            (self.block_ids[index], hashes[index], hashes[index - 1] if index else None)
+            for index in range(first, num_full)
+        ]
 
     def take_announceable(self) -> list[BlockId]:
         """Prompt blocks whose KV became final since the last call; a partial one only at the prompt's end."""
