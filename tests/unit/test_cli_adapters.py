@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kelp.cli import _effective_config
+from kelp.cli.serving import _effective_config
 from kelp.core.config import CONFIG_ENV
 from kelp.core.errors import ConfigError
 

@@ -1,37 +1,25 @@
-"""kelp: disaggregated LLM serving as a Triton model repository."""
+"""`kelp serve`, `scale` and `drain`: a Triton server and its workers."""
 
 from __future__ import annotations
 
 import enum
 import json
-import logging
 import os
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
-import yaml
 
-from kelp import __version__
+from kelp.cli.options import ConfigFile, GrpcPort, sayer
 from kelp.core.config import KelpConfig, load_config
 from kelp.core.errors import ConfigError, KelpError
-from kelp.supervisor import doctor, preflight, serve
+from kelp.supervisor import preflight, serve
 from kelp.supervisor.model import prepare_model
 from kelp.supervisor.plan import ServeOptions
 from kelp.supervisor.ports import own_address
 from kelp.supervisor.scale import Fleet
 from kelp.supervisor.server import Launch
 from kelp.supervisor.triton import find_triton, link_python_backend
-
-app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
-
-GrpcPort = Annotated[int, typer.Option("--grpc-port", help="Triton's gRPC port of the running server.")]
-ConfigFile = Annotated[
-    Path | None, typer.Option("--config", help="YAML file with any field of the configuration schema.")
-]
 
 
 class Mode(str, enum.Enum):
@@ -47,19 +35,10 @@ def repository_root() -> Path:
     Raises:
         ConfigError: kelp runs from somewhere else.
     """
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     if not (root / "model_repository").is_dir():
         raise ConfigError(f"{root}: no model_repository here; install kelp with `make setup` in its checkout")
     return root
-
-
-def _sayer() -> Callable[[str], None]:
-    started_s = time.monotonic()
-
-    def say(line: str) -> None:
-        print(f"[{time.monotonic() - started_s:6.1f} s] {line}", flush=True)
-
-    return say
 
 
 def _effective_config(
@@ -117,7 +96,6 @@ kelp serves {options.config.model.path.name} ({mode.value}, {options.config.exec
 Ctrl-C stops it."""
 
 
-@app.command(name="serve")
 def serve_command(
     model: Annotated[
         Path | None, typer.Option(help="Hugging Face folder or GGUF file (default: SmolLM2-135M-Instruct).")
@@ -142,7 +120,7 @@ def serve_command(
     startup_timeout_s: Annotated[float, typer.Option(help="How long models may take to load.")] = 180.0,
 ) -> None:
     """Serve a model through Triton until Ctrl-C or SIGTERM."""
-    say = _sayer()
+    say = sayer()
     root, triton = repository_root(), find_triton()
     link_python_backend(triton, root / "backends")
     say(f"tritonserver: {triton.version}")
@@ -177,7 +155,6 @@ def serve_command(
     serve.remove_run_folder(run_folder)
 
 
-@app.command()
 def scale(
     target: Annotated[str, typer.Argument(help="role=count, for example decode=2 or prefill=3.")],
     grpc_port: GrpcPort = 8001,
@@ -188,14 +165,13 @@ def scale(
     role, _, count = target.partition("=")
     if role not in ("prefill", "decode") or not count.isdigit():
         raise ConfigError(f"{target!r}: must be prefill=<count> or decode=<count>")
-    fleet = Fleet(f"{host}:{grpc_port}", _sayer())
+    fleet = Fleet(f"{host}:{grpc_port}", sayer())
     try:
         fleet.scale(role, int(count), drain_timeout_s)
     finally:
         fleet.close()
 
 
-@app.command()
 def drain(
     worker: Annotated[str, typer.Argument(help="Model name of the worker, for example decode_1.")],
     grpc_port: GrpcPort = 8001,
@@ -203,37 +179,9 @@ def drain(
     timeout_s: Annotated[float, typer.Option(help="How long running requests may take to end.")] = 60.0,
 ) -> None:
     """Stop routing to a worker and wait until its requests have ended."""
-    fleet = Fleet(f"{host}:{grpc_port}", _sayer())
+    fleet = Fleet(f"{host}:{grpc_port}", sayer())
     try:
         status = fleet.drain(worker, timeout_s)
     finally:
         fleet.close()
     print(f"{worker}: {status.state}, {status.num_running + status.num_waiting} requests, {status.num_leases} leases")
-
-
-@app.command(name="doctor")
-def doctor_command(config: ConfigFile = None) -> None:
-    """Print the effective configuration and what is missing on this machine."""
-    print(yaml.safe_dump(load_config(path=config).model_dump(mode="json"), sort_keys=False))
-    is_fine = True
-    for finding in doctor.examine():
-        print(f"{'ok  ' if finding.is_fine else 'LACK'}  {finding.subject}: {finding.detail}")
-        is_fine = is_fine and finding.is_fine
-    raise typer.Exit(0 if is_fine else 1)
-
-
-@app.command()
-def version() -> None:
-    """Print kelp's version."""
-    print(__version__)
-
-
-def main() -> NoReturn:
-    """Entry point: a typed error is one line on standard error and exit code 2."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname).1s %(message)s")
-    try:
-        app(standalone_mode=True)
-    except KelpError as error:
-        print(f"error: {error.text}", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(0)

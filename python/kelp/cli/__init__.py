@@ -1,0 +1,30 @@
+"""kelp: disaggregated LLM serving as a Triton model repository."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import NoReturn
+
+import typer
+
+from kelp.cli import machine, serving
+from kelp.core.errors import KelpError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
+app.command("serve")(serving.serve_command)
+app.command("scale")(serving.scale)
+app.command("drain")(serving.drain)
+app.command("doctor")(machine.doctor_command)
+app.command("version")(machine.version)
+
+
+def main() -> NoReturn:
+    """Entry point: a typed error is one line on standard error and exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname).1s %(message)s")
+    try:
+        app(standalone_mode=True)
+    except KelpError as error:
+        print(f"error: {error.text}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)
