@@ -40,6 +40,10 @@ class Exchange:
         """Request parameters."""
         return dict(json.loads(self._request.parameters() or "{}"))
 
+    def request_id(self) -> str:
+        """The id that the client gave its request; empty without one."""
+        return str(self._request.request_id())
+
     def is_cancelled(self) -> bool:
         """Whether the client cancelled or disconnected; a round trip to the server.
 

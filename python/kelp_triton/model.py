@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import sys
@@ -34,6 +35,7 @@ class KelpModel:
         document = json.loads(args["model_config"])
         parameters = {key: value["string_value"] for key, value in document.get("parameters", {}).items()}
         self.model_name = args["model_name"]
+        self.instance_name = args.get("model_instance_name", self.model_name)
         self.config: KelpConfig = load_config(parameters)
         self.metrics = Metrics()
         self._loop = LoopThread(f"kelp-{self.model_name}")
@@ -43,6 +45,9 @@ class KelpModel:
             self._loop.close()
             raise
         self._exporter = MetricsExporter(self.metrics)
+        # What has been loaded stays: collections need not look at it again, which takes longer than most requests.
+        gc.collect()
+        gc.freeze()
 
     def execute(self, requests: list[Any]) -> None:
         """Hand every request to the loop."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from kelp.build import build_preprocessor
+from kelp.build.preprocess import build_preprocessor
 from kelp.core.exchange import Tensors
 from kelp.core.preprocess_messages import decode_preprocess_request, encode_prepared
 from kelp_triton.exchange import Exchange

@@ -6,7 +6,7 @@ import asyncio
 import uuid
 from typing import ClassVar
 
-from kelp.build import build_worker
+from kelp.build.worker import build_worker
 from kelp.core.types import Role
 from kelp.worker.service import WorkerIdentity
 from kelp_triton.exchange import Exchange

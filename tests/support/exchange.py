@@ -15,8 +15,14 @@ from kelp.core.exchange import Tensors
 class FakeExchange:
     """A request whose responses are kept; like Triton's, it ignores what comes after the last one."""
 
-    def __init__(self, inputs: Mapping[str, npt.NDArray[Any]], parameters: Mapping[str, object] | None = None) -> None:
+    def __init__(
+        self,
+        inputs: Mapping[str, npt.NDArray[Any]],
+        parameters: Mapping[str, object] | None = None,
+        request_id: str = "",
+    ) -> None:
         self._inputs = dict(inputs)
+        self._request_id = request_id
         self._parameters = dict(parameters or {})
         self._lock = threading.Lock()
         self._is_cancelled = threading.Event()
@@ -28,6 +34,9 @@ class FakeExchange:
 
     def parameters(self) -> Mapping[str, object]:
         return self._parameters
+
+    def request_id(self) -> str:
+        return self._request_id
 
     def is_cancelled(self) -> bool:
         return self._is_cancelled.is_set()

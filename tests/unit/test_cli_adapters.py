@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kelp.cli.serving import _effective_config
+from kelp.cli.options import effective_config
 from kelp.core.config import CONFIG_ENV
 from kelp.core.errors import ConfigError
 
@@ -20,7 +20,7 @@ def test_adapters_are_absolute_and_join_those_of_the_file(tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "kelp.yaml"
     file.write_text("model: {lora_adapters: {chat: /chat, sql: /old}}\n")
-    config = _effective_config(file, {"model.path": "/m", "executor.dtype": None}, ["sql=new", "org/v1.2=a=b"], [])
+    config = effective_config(file, {"model.path": "/m", "executor.dtype": None}, ["sql=new", "org/v1.2=a=b"], [])
     assert config.model.lora_adapters == {
         "chat": Path("/chat"),
         "sql": tmp_path / "new",
@@ -31,4 +31,4 @@ def test_adapters_are_absolute_and_join_those_of_the_file(tmp_path: Path, monkey
 @pytest.mark.parametrize("adapters", [["sql"], ["sql="], ["=/a"], ["a b=/a"], ["sql=/a", "sql=/b"]])
 def test_what_is_no_name_with_a_folder_or_comes_twice_is_refused(adapters: list[str]) -> None:
     with pytest.raises(ConfigError, match=r"--lora|model\.lora_adapters"):
-        _effective_config(None, {"model.path": "/m"}, adapters, [])
+        effective_config(None, {"model.path": "/m"}, adapters, [])

@@ -8,14 +8,16 @@ from typing import NoReturn
 
 import typer
 
-from kelp.cli import machine, serving
+from kelp.cli import machine, router, serving, sim
 from kelp.core.errors import KelpError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 app.command("serve")(serving.serve_command)
 app.command("scale")(serving.scale)
 app.command("drain")(serving.drain)
+app.command("router")(router.router_command)
 app.command("doctor")(machine.doctor_command)
+app.command("sim")(sim.sim_command)
 app.command("version")(machine.version)
 
 

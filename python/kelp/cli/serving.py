@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import enum
-import json
 import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from kelp.cli.options import ConfigFile, GrpcPort, sayer
-from kelp.core.config import KelpConfig, load_config
+from kelp.cli.options import ConfigFile, GrpcPort, effective_config, sayer
+from kelp.core.config import KelpConfig
 from kelp.core.errors import ConfigError, KelpError
 from kelp.supervisor import preflight, serve
 from kelp.supervisor.model import prepare_model
@@ -39,32 +38,6 @@ def repository_root() -> Path:
     if not (root / "model_repository").is_dir():
         raise ConfigError(f"{root}: no model_repository here; install kelp with `make setup` in its checkout")
     return root
-
-
-def _effective_config(
-    config_file: Path | None, options: dict[str, str | None], adapters: list[str], settings: list[str]
-) -> KelpConfig:
-    parameters = {key: value for key, value in options.items() if value is not None}
-    if adapters:
-        parameters["model.lora_adapters"] = json.dumps(_adapter_folders(adapters))
-    for setting in settings:
-        key, separator, value = setting.partition("=")
-        if not separator:
-            raise ConfigError(f"--set {setting!r}: must be key=value, for example executor.block_size=32")
-        parameters[key] = value
-    return load_config(parameters, config_file)
-
-
-def _adapter_folders(adapters: list[str]) -> dict[str, str]:
-    folders: dict[str, str] = {}
-    for adapter in adapters:
-        name, _, folder = adapter.partition("=")
-        if not folder:
-            raise ConfigError(f"--lora {adapter!r}: must be name=folder, for example sql=/adapters/sql")
-        if name in folders:
-            raise ConfigError(f"--lora {adapter!r}: there is another adapter of that name")
-        folders[name] = str(Path(folder).resolve())
-    return folders
 
 
 def _for_run(config: KelpConfig, mode: Mode, num_workers: int, run_folder: Path, host: str) -> KelpConfig:
@@ -103,8 +76,10 @@ def serve_command(
     mode: Annotated[Mode, typer.Option(help="Prefill and decode in separate workers, or together.")] = (
         Mode.DISAGGREGATED
     ),
-    prefill: Annotated[int, typer.Option(min=1, help="Prefill workers (disaggregated).")] = 1,
+    prefill: Annotated[int, typer.Option(min=0, help="Prefill workers (disaggregated).")] = 1,
     decode: Annotated[int, typer.Option(min=1, help="Decode workers.")] = 1,
+    engine: Annotated[str | None, typer.Option(help="torch, or mock: plays a worker, computes nothing.")] = None,
+    routers: Annotated[int | None, typer.Option(min=1, help="Router processes, which share the requests.")] = None,
     isolate: Annotated[bool, typer.Option("--isolate", help="One tritonserver per worker, supervised.")] = False,
     dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32.")] = None,
     num_blocks: Annotated[int | None, typer.Option(help="KV blocks per worker; 0 sizes the pool itself.")] = None,
@@ -130,10 +105,12 @@ def serve_command(
     try:
         chosen = {
             "model.path": str(folder),
+            "executor.engine": engine,
             "executor.dtype": dtype,
             "executor.num_blocks": None if num_blocks is None else str(num_blocks),
+            "server.router_instances": None if routers is None else str(routers),
         }
-        effective = _effective_config(config, chosen, lora or [], settings or [])
+        effective = effective_config(config, chosen, lora or [], settings or [])
         options = ServeOptions(
             config=_for_run(effective, mode, num_prefill + decode, run_folder, host),
             host=host,

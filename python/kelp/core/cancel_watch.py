@@ -1,7 +1,8 @@
 """Notices clients that have gone.
 
 Triton tells a Python model about a cancellation only when asked, and asking is a round trip between processes: one
-thread asks for all open requests, a few times a second, so that no event loop blocks.
+thread asks for all open requests, a few times a second, so that no event loop blocks. The first question comes an
+interval after the request: most short ones end before it, and would pay for it while their first token is on its way.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ class CancelWatch:
     def _run(self) -> None:
         while not self._stopping.is_set():
             self._has_work.wait()
-            self._poll()
             self._stopping.wait(self._poll_s)
+            self._poll()
 
     def _poll(self) -> None:
         with self._lock:

@@ -14,15 +14,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
+from kelp.core.config_replicas import QueueConfig, ReplicasConfig
+from kelp.core.config_routing import PolicyName as PolicyName
+from kelp.core.config_routing import RoutingConfig as RoutingConfig
+from kelp.core.config_values import Group as _Group
+from kelp.core.config_values import Positive as _Positive
 from kelp.core.errors import ConfigError
 
 CONFIG_ENV = "KELP_CONFIG"
 """The only environment variable that kelp itself reads: path of the YAML file."""
 
-_Positive = Annotated[float, Field(gt=0)]
 _Port = Annotated[int, Field(ge=1, le=65535)]
+_Tag = Annotated[str, Field(min_length=1, max_length=256)]
 _AdapterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")]
 
 
@@ -37,10 +42,6 @@ def default_registry_folder() -> Path:
     return Path(tempfile.gettempdir()) / f"kelp-{os.getuid()}" / "registry"
 
 
-class _Group(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
 class ModelConfig(_Group):
     """Which model is served."""
 
@@ -53,8 +54,8 @@ class ModelConfig(_Group):
 class ExecutorConfig(_Group):
     """How one worker runs the model."""
 
-    engine: Literal["torch"] = "torch"
-    """Which executor implementation."""
+    engine: Literal["torch", "mock"] = "torch"
+    """Which executor implementation; `mock` computes nothing and takes the time that `mock.timing` says."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of weights and KV."""
     device: str = "auto"
@@ -87,6 +88,44 @@ class ExecutorConfig(_Group):
     guesses fail or many sequences run."""
 
 
+_Seconds = Annotated[float, Field(ge=0)]
+_TierSeconds = tuple[_Seconds, _Seconds, _Seconds, _Seconds]
+
+
+class MockTimingConfig(_Group):
+    """What the mock executor's steps and transfers take; see `timing.model.TimingModel`."""
+
+    step_s: _Seconds = 8e-3
+    """Every step."""
+    prefill_token_s: _Seconds = 5e-5
+    """Each prompt token computed."""
+    attention_pair_s: _Seconds = 2e-9
+    """Each prompt token computed, times the tokens before it."""
+    decode_sequence_s: _Seconds = 5e-5
+    """Each decoding sequence of a step."""
+    decode_context_s: _Seconds = 5e-8
+    """Each token of KV that a decoding sequence reads in a step."""
+    transfer_s: _Seconds = 2e-3
+    """Each transfer of KV between workers."""
+    transfer_block_s: _Seconds = 1e-4
+    """Each block of it."""
+    onboard_s: _TierSeconds = (0.0, 5e-4, 2e-3, 2e-2)
+    """Each onboarding from a lower tier: device (unused), host, disk, object store."""
+    onboard_block_s: _TierSeconds = (0.0, 1e-4, 6e-4, 3e-3)
+    """Each block of it."""
+
+
+class MockConfig(_Group):
+    """The mock executor (`executor.engine: mock`)."""
+
+    speedup: Annotated[float, Field(ge=0)] = 1.0
+    """Everything takes this many times less than `timing` says; 0 takes no time at all."""
+    tokens_per_step: Annotated[int, Field(ge=1, le=64)] = 1
+    """Tokens that a decoding sequence gains in a step: one, and drafts that are always right."""
+    timing: MockTimingConfig = MockTimingConfig()
+    """The worker that is played."""
+
+
 class HandoffConfig(_Group):
     """KV handoff between prefill and decode workers."""
 
@@ -105,7 +144,7 @@ class HandoffConfig(_Group):
 class RouterConfig(_Group):
     """The `llm` model."""
 
-    policy: Literal["least-loaded", "round-robin"] = "least-loaded"
+    policy: PolicyName = "kelp"
     """How a worker is chosen."""
     disaggregation: Literal["auto", "always", "never"] = "auto"
     """`auto` uses a prefill worker where one is ready; `always` refuses without one."""
@@ -117,12 +156,49 @@ class RouterConfig(_Group):
     """Other prefill workers tried before the decode worker computes the prompt itself."""
     max_request_bytes: Annotated[int, Field(ge=1024)] = 8 * 1024 * 1024
     """Refuse larger prompts before looking at them."""
+    inline_prompt_chars: Annotated[int, Field(ge=0)] = 16 * 1024
+    """Prompts up to this length are tokenised by the router itself, longer ones by `preprocess`; 0 for all by it."""
     max_stop_words: Annotated[int, Field(ge=1)] = 64
     """Entries in `stop_words` and in `bad_words`."""
     max_return_sequences: Annotated[int, Field(ge=1)] = 16
     """Most sequences of one request (`num_return_sequences`); each is generated like a request of its own."""
     cancel_poll_s: _Positive = 0.1
     """How often Triton is asked whether the client has gone."""
+
+
+class EventsConfig(_Group):
+    """KV events: how workers tell routers what their caches hold."""
+
+    enabled: bool = True
+    """Publish; routers can only guess what a worker holds that does not."""
+    host: str = "127.0.0.1"
+    """Address the event sockets bind and announce."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Of the events; 0 takes a free one."""
+    replay_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Where missed events and snapshots are asked for; 0 takes a free one."""
+    flush_interval_s: _Positive = 0.005
+    """Events of this long travel together."""
+    digest_interval_s: Annotated[float, Field(gt=0, le=3600)] = 2.0
+    """How often a worker says what its events should add up to; three times this without a sign is silence."""
+    max_queued_events: Annotated[int, Field(ge=16)] = 65536
+    """Events that wait for the publishing thread; beyond, the engine's thread files them itself."""
+    replay_batches: Annotated[int, Field(ge=1)] = 8192
+    """Past batches kept to be repeated; older gaps take a snapshot."""
+    replay_bytes: Annotated[int, Field(ge=1024)] = 32 * 1024 * 1024
+    """Most memory of those batches."""
+    max_message_bytes: Annotated[int, Field(ge=65536)] = 4 * 1024 * 1024
+    """A worker's larger message is refused."""
+    max_buffered_batches: Annotated[int, Field(ge=16)] = 4096
+    """Batches per worker that wait at the router while earlier ones are asked for."""
+    request_timeout_s: _Positive = 5.0
+    """A replay or snapshot that brings nothing for this long has failed."""
+    max_backoff_s: _Positive = 10.0
+    """Longest wait before a failed request is repeated; it starts at a fortieth and doubles."""
+    audit_interval_s: _Positive = 10.0
+    """How often a quiet worker without digests (vLLM, SGLang) is asked for what may have been missed."""
+    drop_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """For fault tests: this share of batches is never sent."""
 
 
 class RegistryConfig(_Group):
@@ -145,6 +221,10 @@ class ServerConfig(_Group):
     """Triton's gRPC port; 0 reads it off the parent tritonserver's command line (default 8001)."""
     workers_on_host: Annotated[int, Field(ge=1)] = 2
     """Workers that share this host's cores; divides CPU threads."""
+    tags: dict[_Tag, _Tag] = {}
+    """Where this server stands, `zone` and `rack` for example; requests may require or prefer values."""
+    router_instances: Annotated[int, Field(ge=1, le=64)] = 1
+    """Processes of `llm`, each a router of its own; `kelp serve` starts that many."""
 
 
 class KelpConfig(_Group):
@@ -152,8 +232,13 @@ class KelpConfig(_Group):
 
     model: ModelConfig = ModelConfig()
     executor: ExecutorConfig = ExecutorConfig()
+    mock: MockConfig = MockConfig()
     handoff: HandoffConfig = HandoffConfig()
     router: RouterConfig = RouterConfig()
+    routing: RoutingConfig = RoutingConfig()
+    queue: QueueConfig = QueueConfig()
+    replicas: ReplicasConfig = ReplicasConfig()
+    events: EventsConfig = EventsConfig()
     registry: RegistryConfig = RegistryConfig()
     server: ServerConfig = ServerConfig()
 

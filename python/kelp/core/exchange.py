@@ -22,6 +22,9 @@ class Exchange(Protocol):
     def parameters(self) -> Mapping[str, object]:
         """Request parameters beside the tensors."""
 
+    def request_id(self) -> str:
+        """The id that the client gave its request; empty without one."""
+
     def is_cancelled(self) -> bool:
         """Whether the client cancelled or disconnected; may block for a round trip."""
 

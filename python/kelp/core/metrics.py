@@ -41,9 +41,35 @@ ACCEPTED_TOKENS = MetricFamily("kelp_accepted_tokens_total", "counter", "Guessed
 BLOCKS = MetricFamily("kelp_kv_blocks", "gauge", "KV blocks of a worker by state")
 LEASES = MetricFamily("kelp_handoff_leases", "gauge", "Prefilled sequences waiting to be read")
 RUNNING = MetricFamily("kelp_running_sequences", "gauge", "Sequences in the engine by state")
+DECISIONS = MetricFamily("kelp_routing_decisions_total", "counter", "Requests placed, by policy and way")
+PROMPT_BLOCKS = MetricFamily("kelp_routing_prompt_blocks_total", "counter", "Full prompt blocks of placed requests")
+PREDICTED_BLOCKS = MetricFamily(
+    "kelp_routing_overlap_blocks_total", "counter", "Of those, leading ones that the index saw on the chosen worker"
+)
+TTFT_RATIO = MetricFamily(
+    "kelp_routing_ttft_ratio", "histogram", "Reservation to first token: measured over predicted",
+    (0.1, 0.25, 0.5, 0.67, 0.8, 0.9, 1.0, 1.11, 1.25, 1.5, 2.0, 4.0, 10.0),
+)  # fmt: skip
+QUEUE_LENGTH = MetricFamily("kelp_router_queue_requests", "gauge", "Requests waiting in the router's queue")
+QUEUE_WAIT = MetricFamily("kelp_router_queue_seconds", "histogram", "Time in the router's queue", _SECONDS)
+STALE_ROUTERS = MetricFamily("kelp_routers_stale", "gauge", "Other routers whose requests are not known well enough")
+KNOWN_ROUTERS = MetricFamily("kelp_routers_known", "gauge", "Other routers of the same workers")
+INDEX_BYTES = MetricFamily("kelp_index_bytes", "gauge", "Estimated memory of the prefix index")
+APPROXIMATE_WORKERS = MetricFamily(
+    "kelp_approximate_workers", "gauge", "Workers without KV events, whose blocks are only guessed"
+)
+KV_EVENT_BLOCKS = MetricFamily("kelp_kv_event_blocks_total", "counter", "Blocks that workers reported, by kind")
+KV_EVENT_DROPPED = MetricFamily("kelp_kv_event_dropped_total", "counter", "KV events not used, by reason")
+KV_EVENT_RECOVERIES = MetricFamily(
+    "kelp_kv_event_recoveries_total", "counter", "Gaps, drifts and restarts in KV events, and what was asked for them"
+)
+KV_EVENT_WORKERS = MetricFamily("kelp_kv_event_workers", "gauge", "Workers by how far the KV index knows them")
 FAMILIES = (
     REQUESTS, TTFT, ITL, PHASE, OUTPUT_TOKENS, PROMPT_TOKENS, CACHED_TOKENS, RESPONSES, RETRIES,
     TRANSFERRED_BLOCKS, DRAFT_TOKENS, ACCEPTED_TOKENS, BLOCKS, LEASES, RUNNING,
+    DECISIONS, PROMPT_BLOCKS, PREDICTED_BLOCKS, TTFT_RATIO, QUEUE_LENGTH, QUEUE_WAIT, STALE_ROUTERS, KNOWN_ROUTERS,
+    INDEX_BYTES, APPROXIMATE_WORKERS,
+    KV_EVENT_BLOCKS, KV_EVENT_DROPPED, KV_EVENT_RECOVERIES, KV_EVENT_WORKERS,
 )  # fmt: skip
 
 

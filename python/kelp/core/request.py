@@ -8,7 +8,7 @@ lengths against the context, by `preprocess`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from kelp.core.chat_messages import parse_messages
 from kelp.core.errors import InvalidRequest
 from kelp.core.messages import SamplingParams
 from kelp.core.request_limits import RequestLimits, check_text_bytes
+from kelp.core.request_routing import RoutingWishes, read_wishes
 from kelp.core.request_sampling import read_sampling
 from kelp.core.request_tensors import Array, InputValue, read_inputs
 from kelp.core.request_values import NumberRange, read_number
@@ -66,6 +67,7 @@ class LlmRequest:
         bad_words: Text that must not be generated.
         deadline_ms: Counted from arrival; None takes the configured default.
         session_id: Requests of one session like the same worker.
+        wishes: Where it wants to be served.
     """
 
     prompt: Prompt
@@ -80,6 +82,7 @@ class LlmRequest:
     session_id: str = ""
     lora_name: str = ""
     output: OutputOptions = OutputOptions()
+    wishes: RoutingWishes = field(default_factory=RoutingWishes)
 
 
 def _text(inputs: Mapping[str, InputValue], name: str) -> str:
@@ -152,7 +155,7 @@ def parse_request(
     Args:
         tensors: By input name; BYTES are object arrays of `bytes`.
         limits: What one request may carry.
-        parameters: The Triton request's own parameters, where vLLM clients may put sampling parameters.
+        parameters: The Triton request's own parameters: routing wishes, and sampling parameters of vLLM clients.
 
     Raises:
         InvalidRequest: A field is missing, malformed or out of range; names field, value and limit.
@@ -173,6 +176,7 @@ def parse_request(
         cache_salt=_name(inputs, "cache_salt", limits),
         session_id=_name(inputs, "session_id", limits),
         lora_name=sampling.lora_name,
+        wishes=read_wishes(parameters or {}, limits),
         output=OutputOptions(
             return_log_probs=_flag(inputs, "return_log_probs", False),
             exclude_input_in_output=_flag(inputs, "exclude_input_in_output", True),

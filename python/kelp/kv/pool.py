@@ -96,7 +96,11 @@ class BlockPool:
         """
         if count > self.num_available:
             raise CapacityError(f"{count} KV blocks asked for, {self.num_available} available")
-        return [self._take() for _ in range(count)]
+        evicted: list[SequenceHash] = []
+        taken = [self._take(evicted) for _ in range(count)]
+        if evicted:
+            self._sink(BlocksRemoved(tuple(evicted)))
+        return taken
 
     def reference(self, block_ids: Iterable[BlockId]) -> None:
         """Add one reference to each of some held blocks.
@@ -184,19 +188,19 @@ class BlockPool:
                 hashes[block.sequence_hash] = block_id
         _require(hashes == self._by_hash, "the hash index differs from the sealed blocks")
 
-    def _take(self) -> BlockId:
-        block_id = self._free.popleft() if self._free else self._evict()
+    def _take(self, evicted: list[SequenceHash]) -> BlockId:
+        block_id = self._free.popleft() if self._free else self._evict(evicted)
         block = self._blocks[block_id]
         block.state = BlockState.HELD
         block.num_references = 1
         return block_id
 
-    def _evict(self) -> BlockId:
+    def _evict(self, evicted: list[SequenceHash]) -> BlockId:
         block_id, _ = self._cached.popitem(last=False)
         block = self._blocks[block_id]
         assert block.sequence_hash is not None
         del self._by_hash[block.sequence_hash]
-        self._sink(BlocksRemoved((block.sequence_hash,)))
+        evicted.append(block.sequence_hash)
         block.sequence_hash = None
         return block_id
 
@@ -206,7 +210,7 @@ class BlockPool:
         return self._blocks[block_id]
 
     def _held(self, block_id: BlockId, action: str) -> _Block:
-        block = self._block(block_id)
+        block = self._blocks[block_id] if 0 <= block_id < len(self._blocks) else self._block(block_id)
         if block.state is not BlockState.HELD:
             raise InternalError(f"{action} of block {block_id}, which is {block.state.value}")
         return block

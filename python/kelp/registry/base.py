@@ -1,4 +1,4 @@
-"""Worker records and the contract of every registry backend.
+"""Worker and router records, and the contracts of every registry backend.
 
 A registry is a hint, never an authority: routers keep serving from the last snapshot when it is lost
 (`registry.view`), and traffic decides what is really alive.
@@ -46,7 +46,17 @@ class LayoutRecord(Message):
         return self.model_copy(update={"num_blocks": other.num_blocks}) == other
 
 
-class WorkerRecord(Message):
+class StampedRecord(Message):
+    """Anything that stays in a registry only while somebody renews it.
+
+    Attributes:
+        heartbeat_ns: Wall clock at the last renewal.
+    """
+
+    heartbeat_ns: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+
+class WorkerRecord(StampedRecord):
     """One worker as it describes itself.
 
     Attributes:
@@ -60,7 +70,6 @@ class WorkerRecord(Message):
         max_step_tokens: Token budget of one step; 0 if unknown.
         max_running: Sequences that run at once; 0 if unknown.
         tags: Where the worker stands, `zone` and `rack` for example; requests may require or prefer values.
-        heartbeat_ns: Wall clock at the last renewal.
     """
 
     worker_id: _Name
@@ -80,7 +89,6 @@ class WorkerRecord(Message):
     num_running: _Count = 0
     num_waiting: _Count = 0
     num_free_blocks: _Count = 0
-    heartbeat_ns: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
     @property
     def key(self) -> WorkerKey:
@@ -88,7 +96,24 @@ class WorkerRecord(Message):
         return self.worker_id, self.epoch
 
 
+class RouterRecord(StampedRecord):
+    """One router as others of the same workers find it.
+
+    Attributes:
+        router_id: `<endpoint>/<model instance>`; stable over restarts.
+        epoch: When it started, wall-clock nanoseconds; a greater one is a later incarnation.
+        loads_endpoint: `host:port` of the ZMQ PUB socket with what it has under way.
+        answers_endpoint: `host:port` of the ZMQ ROUTER socket that gives snapshots and explanations.
+    """
+
+    router_id: _Name
+    epoch: Annotated[int, Field(ge=0, lt=2**63)]
+    loads_endpoint: _Name
+    answers_endpoint: _Name
+
+
 WORKER_RECORD: TypeAdapter[WorkerRecord] = TypeAdapter(WorkerRecord)
+ROUTER_RECORD: TypeAdapter[RouterRecord] = TypeAdapter(RouterRecord)
 
 
 class Registry(Protocol):
@@ -105,6 +130,27 @@ class Registry(Protocol):
         """Remove the record if it still is of this epoch; idempotent."""
 
     def snapshot(self) -> list[WorkerRecord]:
+        """All live records.
+
+        Raises:
+            OSError: The registry cannot be reached.
+        """
+
+
+class RouterRegistry(Protocol):
+    """Where the routers of the same workers publish themselves. Calls may block on I/O."""
+
+    def publish(self, record: RouterRecord) -> None:
+        """Create or renew a record.
+
+        Raises:
+            OSError: The registry cannot be reached.
+        """
+
+    def withdraw(self, router_id: str, epoch: int) -> None:
+        """Remove the record if it still is of this epoch; idempotent."""
+
+    def snapshot(self) -> list[RouterRecord]:
         """All live records.
 
         Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 from kelp.core.types import WorkerState
 from kelp.registry.base import Registry, WorkerRecord
@@ -16,6 +17,9 @@ class RegistryView:
 
     While the registry cannot be read the last snapshot stays in force: serving goes on, and broken streams tell
     which workers are really gone. All methods belong to one event loop.
+
+    Attributes:
+        on_read: Called after each new snapshot.
     """
 
     def __init__(self, registry: Registry, refresh_s: float) -> None:
@@ -23,6 +27,7 @@ class RegistryView:
         self._refresh_s = refresh_s
         self._records: dict[str, WorkerRecord] = {}
         self._is_reachable = True
+        self.on_read: Callable[[], None] = lambda: None
 
     async def run(self) -> None:
         """Refresh for ever; cancel to stop."""
@@ -41,11 +46,15 @@ class RegistryView:
             return
         self._is_reachable = True
         self._records = {record.worker_id: record for record in records}
+        self.on_read()
+
+    def records(self) -> list[WorkerRecord]:
+        """All known workers, in a stable order."""
+        return sorted(self._records.values(), key=lambda record: record.worker_id)
 
     def ready(self) -> list[WorkerRecord]:
         """Workers that may get new requests, in a stable order."""
-        ready = [record for record in self._records.values() if record.state is WorkerState.READY]
-        return sorted(ready, key=lambda record: record.worker_id)
+        return [record for record in self.records() if record.state is WorkerState.READY]
 
     def is_alive(self, worker_id: str, epoch: str) -> bool:
         """Whether this incarnation of a worker still renews its record."""

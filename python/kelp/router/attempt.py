@@ -154,12 +154,14 @@ class Attempt:
         address = WorkerAddress(record.endpoint, record.model_name)
         leg = WorkerLeg(self._parts, record, self._parts.client.generate(address, command, self._prompt))
         self._legs.append(leg)
+        self._placement.sent()
         return leg
 
     async def _follow(self, leg: WorkerLeg, record: WorkerRecord) -> Finished:
         try:
             async for output in leg.outputs():
                 self._note(output, record)
+                self._placement.heard(output)
                 if output.token_ids:
                     self._job.generated.extend(output.token_ids)
                     self._job.last_received_ns = self._parts.clock.wall_ns()

@@ -67,8 +67,7 @@ class Conversation:
 
     async def _beside_the_first(self) -> Placement | None:
         await self._has_prompt.wait()
-        placement = self._runs[0].placement
-        return None if placement is None else Placement(placement.decode, None)
+        return self._runs[0].placement
 
     def _pass_on(self, index: int, output: WorkerOutput) -> None:
         self._lane.put(NewTokens(output.token_ids, output.log_probs, index))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ from kelp.core.errors import DeadlineExceeded
 from kelp.core.messages import Finished, GenerateCommand, Progress, Rendezvous, SamplingParams
 from kelp.core.preprocess_messages import PreparedPrompt
 from kelp.core.types import FinishReason, Role
-from kelp.router.policies import RoutingRequest
+from kelp.router.request import RoutingRequest
 
 
 @dataclass(slots=True)
@@ -22,6 +22,7 @@ class Job:
     """One sequence on its way.
 
     Attributes:
+        routing: What the decision may know, but for the prompt.
         deadline_s: `time.monotonic()` value.
         generated: Tokens received so far, over all attempts.
         prefill_event: What the prefill worker told last, if there was one.
@@ -37,6 +38,7 @@ class Job:
     deadline_s: float
     arrival_ns: int
     lora_name: str = ""
+    routing: RoutingRequest = RoutingRequest(0, ())
     generated: list[int] = field(default_factory=list)
     prefill_event: Progress | Finished | None = None
     decode_event: Progress | Finished | None = None
@@ -55,11 +57,18 @@ class Job:
             deadline_s=self.deadline_s,
             arrival_ns=self.arrival_ns,
             lora_name=self.lora_name,
+            routing=replace(self.routing, request_id=f"{self.routing.request_id}-{index}"),
         )
 
-    def routing(self) -> RoutingRequest:
-        """What a policy may know."""
-        return RoutingRequest(len(self.prompt.input_ids), tuple(self.prompt.sequence_hashes()))
+    def routing_request(self) -> RoutingRequest:
+        """What is to be placed now: after an attempt, what was generated belongs to the prompt."""
+        return replace(
+            self.routing,
+            num_prompt_tokens=len(self.prompt.input_ids) + len(self.generated),
+            block_hashes=self.prompt.sequence_hashes(),
+            max_tokens=max(1, self.sampling.max_tokens - len(self.generated)),
+            deadline_s=self.deadline_s,
+        )
 
     def tokens(self) -> npt.NDArray[np.int32]:
         """Prompt and everything generated: what a (further) attempt starts from."""

@@ -1,24 +1,27 @@
-"""Where a request runs: one decode worker, and where it pays a prefill worker."""
+"""Where a request runs, from the decision until nothing of it is left there."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Protocol
 
+from kelp.client.base import WorkerOutput
+from kelp.core.clock import Clock
 from kelp.core.errors import CapacityError
-from kelp.core.types import Role, WorkerKey
+from kelp.core.messages import Finished, Progress, RequestTimings
+from kelp.core.types import WorkerKey
 from kelp.registry.base import WorkerRecord
-from kelp.router.policies import Candidate, Policy, RoutingRequest
+from kelp.router.admission import Admission
+from kelp.router.ledger import Ledger
+from kelp.router.request import RoutingRequest
+from kelp.router.selector import Decision, Ended, FirstToken, Selector
 
 
 class WorkersView(Protocol):
     """What the router needs of `registry.view`."""
 
-    def ready(self) -> list[WorkerRecord]:
-        """Workers that may get new requests."""
+    def records(self) -> list[WorkerRecord]:
+        """All known workers."""
 
     def is_alive(self, worker_id: str, epoch: str) -> bool:
         """Whether this incarnation still renews its record."""
@@ -27,38 +30,110 @@ class WorkersView(Protocol):
         """Look again, now."""
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """`prefill` None: the decode worker does everything (aggregated)."""
-
-    decode: WorkerRecord
-    prefill: WorkerRecord | None
-
-    @property
-    def worker_ids(self) -> tuple[str, ...]:
-        """All workers involved, prefill first."""
-        return (*((self.prefill.worker_id,) if self.prefill else ()), self.decode.worker_id)
-
-
 def key_of(record: WorkerRecord) -> WorkerKey:
     """See `WorkerKey`."""
     return record.key
 
 
+class Placement:
+    """A request's reserved place; whoever got one must `end` it, on whatever way.
+
+    Attributes:
+        decode: The worker that generates.
+        prefill: The worker that computes the prompt; None: the decode worker does everything (aggregated).
+    """
+
+    def __init__(self, decision: Decision, ledger: Ledger, clock: Clock) -> None:
+        self.decision = decision
+        self.decode = decision.decode
+        self.prefill = decision.prefill
+        self._ledger = ledger
+        self._clock = clock
+        self._reserved_s = clock.monotonic_s()
+        self._first_s: float | None = None
+        self._last_s = self._reserved_s
+        self._prefilled_ns = 0
+        self._num_tokens = 0
+        self._is_sent = self._is_over = self._is_transfer_told = False
+
+    @property
+    def worker_ids(self) -> tuple[str, ...]:
+        """All workers involved, prefill first."""
+        return self.decision.worker_ids
+
+    def sent(self) -> None:
+        """A worker has been told to start."""
+        if not self._is_sent and not self._is_over:
+            self._is_sent = True
+            self._ledger.commit(self.decision)
+
+    def heard(self, output: WorkerOutput) -> None:
+        """A worker of the placement has said something."""
+        if self._is_over:
+            return
+        if output.event is not None and self.prefill is not None:
+            self._note_handoff(output.event.timings)
+        num_tokens = len(output.token_ids)
+        if not num_tokens:
+            return
+        self._last_s = self._clock.monotonic_s()
+        if self._first_s is None:
+            self._first_s = self._last_s
+            self._ledger.first_token(self.decision, _told(output.event), self._first_s - self._reserved_s)
+        self._num_tokens += num_tokens
+        self._ledger.progress(self.decision, num_tokens)
+
+    def end(self, is_completed: bool) -> None:
+        """Nothing of the request runs there any more; idempotent."""
+        if self._is_over:
+            return
+        self._is_over = True
+        decode_s = 0.0 if self._first_s is None else self._last_s - self._first_s
+        self._ledger.free(self.decision, Ended(is_completed, self._num_tokens, decode_s))
+
+    def _note_handoff(self, timings: RequestTimings) -> None:
+        """What of the transfer prefill did not hide; hosts' clocks may differ, so it is never below zero."""
+        self._prefilled_ns = timings.prefill_done_ns or self._prefilled_ns
+        if not self._is_transfer_told and timings.transfer_done_ns:
+            self._is_transfer_told = True
+            since_ns = max(self._prefilled_ns, timings.transfer_start_ns)
+            self._ledger.transferred(self.decision, max(0, timings.transfer_done_ns - since_ns) / 1e9)
+
+
+def _told(event: Progress | Finished | None) -> FirstToken:
+    """Times of one worker, by its own clock; without them the selector learns from its own."""
+    if event is None:
+        return FirstToken(0, 0.0, 0.0)
+    timings, cached = event.timings, event.usage.cached_tokens
+    done_ns = timings.first_token_ns or timings.prefill_done_ns
+    if not (timings.first_scheduled_ns and done_ns):
+        return FirstToken(cached, 0.0, 0.0)
+    queue_ns = timings.first_scheduled_ns - (timings.arrival_ns or timings.first_scheduled_ns)
+    return FirstToken(cached, max(0, queue_ns) / 1e9, max(0, done_ns - timings.first_scheduled_ns) / 1e9)
+
+
 class Placer:
-    """Chooses placements and counts what is in flight; belongs to one event loop."""
+    """Finds places; belongs to one event loop."""
 
-    def __init__(self, view: WorkersView, make_policy: Callable[[], Policy], disaggregation: str) -> None:
+    def __init__(
+        self, view: WorkersView, selector: Selector, admission: Admission, ledger: Ledger, clock: Clock
+    ) -> None:
         self._view = view
-        self._prefill_policy = make_policy()
-        self._decode_policy = make_policy()
-        self._disaggregation = disaggregation
-        self._in_flight: Counter[WorkerKey] = Counter()
+        self._selector = selector
+        self._admission = admission
+        self._ledger = ledger
+        self._clock = clock
+        self.update()
 
-    def place(
+    def update(self) -> None:
+        """The view has been refreshed: take it over."""
+        self._selector.set_workers(self._view.records())
+        self._admission.wake()
+
+    async def place(
         self, request: RoutingRequest, avoid: frozenset[WorkerKey] = frozenset(), allow_prefill: bool = True
     ) -> Placement:
-        """Choose workers.
+        """Choose workers and reserve there; waits while all that could take the request are full.
 
         Args:
             request: What to place.
@@ -66,46 +141,25 @@ class Placer:
             allow_prefill: False once remote prefill has failed too often for this request.
 
         Raises:
-            CapacityError: No worker of a needed role is ready.
+            CapacityError: No worker of a needed role is ready, or the queue has no place for the request.
         """
-        ready = self._view.ready()
-        decodes = [record for record in ready if record.role is not Role.PREFILL]
-        if not decodes:
-            raise CapacityError("no decode worker is ready")
-        decode = self._choose(self._decode_policy, decodes, request, avoid)
-        if self._disaggregation == "never" or not allow_prefill:
-            return Placement(decode, None)
-        prefills = [
-            record for record in ready if record.role is Role.PREFILL and record.layout.is_compatible(decode.layout)
-        ]
-        if not prefills:
-            if self._disaggregation == "always":
-                raise CapacityError("no prefill worker is ready that fits the decode worker's KV layout")
-            return Placement(decode, None)
-        return Placement(decode, self._choose(self._prefill_policy, prefills, request, avoid))
-
-    async def look_again(self) -> None:
-        """For a request that found no worker: one may have come since."""
-        await self._view.refresh()
-
-    @contextmanager
-    def counting(self, placement: Placement) -> Iterator[None]:
-        """Count a placement as in flight while the block runs."""
-        keys = [key_of(record) for record in (placement.decode, placement.prefill) if record is not None]
-        self._in_flight.update(keys)
         try:
-            yield
-        finally:
-            self._in_flight.subtract(keys)
-            self._in_flight += Counter()
+            expected = self._selector.select(request, avoid, allow_prefill)
+        except CapacityError:
+            await self._view.refresh()
+            self.update()
+            expected = self._selector.select(request, avoid, allow_prefill)
+        return self._placement(await self._admission.admit(expected, avoid, allow_prefill))
 
-    def _choose(
-        self,
-        policy: Policy,
-        records: Sequence[WorkerRecord],
-        request: RoutingRequest,
-        avoid: frozenset[WorkerKey],
-    ) -> WorkerRecord:
-        preferred = [record for record in records if key_of(record) not in avoid] or records
-        candidates = [Candidate(record, self._in_flight[key_of(record)]) for record in preferred]
-        return policy.choose(candidates, request).record
+    def beside(self, placement: Placement, request: RoutingRequest) -> Placement:
+        """A place for a sequence whose prompt the decode worker of `placement` has; it needs no room in the queue."""
+        pinned = replace(request, pinned_worker=placement.decode.worker_id)
+        try:
+            decision = self._selector.select(pinned, allow_prefill=False)
+        except CapacityError:
+            decision = Decision(request, placement.decode, None)
+        self._ledger.reserve(decision)
+        return self._placement(decision)
+
+    def _placement(self, decision: Decision) -> Placement:
+        return Placement(decision, self._ledger, self._clock)

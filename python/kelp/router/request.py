@@ -21,6 +21,7 @@ class RoutingRequest:
         priority: Higher goes first in the router's queue.
         deadline_s: Value of the router's monotonic clock.
         pinned_worker: A worker id (or model name) that must serve it; empty for any.
+        model_id: What the worker must serve; empty where all serve the same.
         required_tags: Tags that a worker must have, by name.
         preferred_tags: Tags that make a worker cheaper.
     """
@@ -33,5 +34,6 @@ class RoutingRequest:
     priority: int = 0
     deadline_s: float | None = None
     pinned_worker: str = ""
+    model_id: str = ""
     required_tags: Mapping[str, str] = field(default_factory=dict)
     preferred_tags: Mapping[str, str] = field(default_factory=dict)

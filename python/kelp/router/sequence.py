@@ -56,16 +56,16 @@ class SequenceRun:
         """The sequence shall end here; belongs to the event loop."""
         self._stopped.set()
 
-    async def run(self, first: Placement | None = None) -> FinishReason:
+    async def run(self, beside: Placement | None = None) -> FinishReason:
         """Run until the sequence has ended.
 
         Args:
-            first: Where to try first; None leaves that to the placer, as all further attempts are.
+            beside: Whose decode worker to try first; None leaves that to the placer, as all further attempts are.
 
         Raises:
             KelpError: No worker could finish the sequence.
         """
-        generating = asyncio.ensure_future(self._generate(first))
+        generating = asyncio.ensure_future(self._generate(beside))
         stopping = asyncio.ensure_future(self._stopped.wait())
         try:
             await asyncio.wait({generating, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -74,14 +74,14 @@ class SequenceRun:
             generating.cancel()
             stopping.cancel()
 
-    async def _generate(self, first: Placement | None) -> FinishReason:
+    async def _generate(self, beside: Placement | None) -> FinishReason:
         for num_attempt in range(1, _MAX_ATTEMPTS + 1):
-            placement = first if first is not None and num_attempt == 1 else await self._place()
+            placement = await self._place(beside if num_attempt == 1 else None)
             self.placement, self._job.worker_ids = placement, placement.worker_ids
             attempt = Attempt(self._parts.attempts, self._job, placement, self._on_output)
             try:
-                with self._parts.placer.counting(placement):
-                    finished = await attempt.run()
+                finished = await attempt.run()
+                placement.end(is_completed=True)
                 return finished.finish_reason or FinishReason.ERROR
             except KelpError as error:
                 self._note_failure(attempt, error)
@@ -90,16 +90,16 @@ class SequenceRun:
                 ended = self._job.finish_reason(self._parts.eos_token_ids)
                 if ended is not None:
                     return ended
+            finally:
+                placement.end(is_completed=self._stopped.is_set())
         raise WorkerLost("no attempt was made")
 
-    async def _place(self) -> Placement:
-        routing, avoid = self._job.routing(), frozenset(self._failed)
+    async def _place(self, beside: Placement | None) -> Placement:
+        request = self._job.routing_request()
+        if beside is not None:
+            return self._parts.placer.beside(beside, request)
         allow_prefill = self._num_handoff_failures <= self._parts.max_prefill_retries
-        try:
-            return self._parts.placer.place(routing, avoid, allow_prefill)
-        except CapacityError:
-            await self._parts.placer.look_again()
-            return self._parts.placer.place(routing, avoid, allow_prefill)
+        return await self._parts.placer.place(request, frozenset(self._failed), allow_prefill)
 
     def _note_failure(self, attempt: Attempt, error: KelpError) -> None:
         if error.is_retryable:

@@ -5,28 +5,36 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
+
+import numpy as np
 
 from kelp.client.base import WorkerStream
 from kelp.core.cancel_watch import CancelWatch
 from kelp.core.clock import Clock
 from kelp.core.config import RouterConfig
-from kelp.core.errors import DeadlineExceeded, KelpError, RequestCancelled
+from kelp.core.errors import DeadlineExceeded, KelpError, NotFound, RequestCancelled
 from kelp.core.exchange import Exchange
 from kelp.core.messages import SamplingParams
 from kelp.core.metrics import REQUESTS, Metrics
 from kelp.core.outbox import Outbox
 from kelp.core.preprocess_messages import PreparedPrompt
 from kelp.core.request import LlmRequest, parse_request
-from kelp.core.request_limits import RequestLimits
+from kelp.core.request_limits import RequestLimits, short_repr
+from kelp.core.request_routing import EXPLAIN, read_explained_id
 from kelp.router.attempt import AttemptParts
 from kelp.router.conversation import Conversation
 from kelp.router.job import Job
 from kelp.router.placement import Placer
 from kelp.router.relay import Relay, RelayItem, RelayOptions
+from kelp.router.request import RoutingRequest
+from kelp.router.request_ids import RequestIds
 from kelp.router.sequence import SequenceParts
 from kelp.router.sequence_text import Detokenizer, SequenceText, StopMatcher
+
+Explain = Callable[[str], Awaitable[bytes | None]]
 
 
 class Preprocess(Protocol):
@@ -56,7 +64,11 @@ class TextFactory(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RouterParts:
-    """What a router is made of; `build.py` puts it together."""
+    """What a router is made of; `build.py` puts it together.
+
+    Attributes:
+        explain: Finds a decision, as JSON, by its request's id; None if it is known nowhere.
+    """
 
     preprocess: Preprocess
     text: TextFactory
@@ -66,6 +78,7 @@ class RouterParts:
     outbox: Outbox[RelayItem]
     clock: Clock
     metrics: Metrics
+    explain: Explain
 
 
 class StreamCloser:
@@ -93,6 +106,7 @@ class RouterService:
         self._parts = parts
         self._config = config
         self._limits = RequestLimits.from_config(config)
+        self._ids = RequestIds()
         self._sequences = SequenceParts(
             placer=parts.placer,
             attempts=parts.attempts,
@@ -116,7 +130,12 @@ class RouterService:
 
     async def _serve(self, exchange: Exchange) -> None:
         arrival_ns, arrival_s = self._parts.clock.wall_ns(), time.monotonic()
-        request = parse_request(exchange.inputs(), self._limits, exchange.parameters())
+        parameters = exchange.parameters()
+        explained_id = read_explained_id(parameters, self._limits)
+        if explained_id is not None:
+            await self._explain(explained_id, exchange)
+            return
+        request = parse_request(exchange.inputs(), self._limits, parameters)
         deadline_s = arrival_s + (
             self._config.default_deadline_s if request.deadline_ms is None else request.deadline_ms / 1e3
         )
@@ -132,6 +151,12 @@ class RouterService:
             raise RequestCancelled("the client cancelled or went away")
         await task
 
+    async def _explain(self, request_id: str, exchange: Exchange) -> None:
+        document = await self._parts.explain(request_id)
+        if document is None:
+            raise NotFound(f"{EXPLAIN}: no router knows a decision about {short_repr(request_id)} (any more)")
+        exchange.send({"text_output": np.array([document], dtype=np.object_)}, is_final=True)
+
     async def _run(self, request: LlmRequest, exchange: Exchange, deadline_s: float, arrival_ns: int) -> None:
         prompt = await self._parts.preprocess.prepare(request)
         sampling = request.sampling.model_copy(update={"bad_words_ids": prompt.message.bad_words_ids})
@@ -143,9 +168,11 @@ class RouterService:
             arrival_ns=arrival_ns,
             lora_name=request.lora_name,
         )
-        jobs = [first, *(first.sibling(index) for index in range(1, request.num_sequences))]
         relay = self._relay(request, prompt, exchange)
-        await Conversation(self._sequences, self._parts.outbox, jobs, relay).run()
+        with self._ids.named(exchange.request_id()) as name:
+            first.routing = _routing(request, name)
+            jobs = [first, *(first.sibling(index) for index in range(1, request.num_sequences))]
+            await Conversation(self._sequences, self._parts.outbox, jobs, relay).run()
 
     def _relay(self, request: LlmRequest, prompt: PreparedPrompt, exchange: Exchange) -> Relay:
         text, hidden_token_ids = self._parts.text, self._hidden_ids(request.sampling)
@@ -160,3 +187,17 @@ class RouterService:
     def _hidden_ids(self, sampling: SamplingParams) -> frozenset[int]:
         own = frozenset(sampling.stop_token_ids)
         return own if sampling.ignore_eos else own | self._parts.text.eos_token_ids
+
+
+def _routing(request: LlmRequest, name: str) -> RoutingRequest:
+    """All but the prompt, which the job adds."""
+    return RoutingRequest(
+        num_prompt_tokens=0,
+        block_hashes=(),
+        request_id=name,
+        session_id=request.session_id,
+        priority=request.priority,
+        pinned_worker=request.wishes.worker,
+        required_tags=request.wishes.required_tags,
+        preferred_tags=request.wishes.preferred_tags,
+    )

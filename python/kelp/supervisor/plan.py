@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from kelp.core.config import KelpConfig
-from kelp.core.schema import worker_schema
-from kelp.core.schema_types import TensorSpec
+from kelp.core.schema import LLM, worker_schema
+from kelp.core.schema_types import ModelSchema, TensorSpec
 from kelp.supervisor.ports import own_address
 
 PortPicker = Callable[[str], int]
@@ -57,6 +57,7 @@ class ServerSpec:
         http_port: None for a server that only other kelp processes talk to.
         on_disk_models: Loaded by Triton at start.
         added_workers: Loaded through the repository API once it is up.
+        router_instances: Processes of `llm`, if more than the one on disk; loaded once the workers are.
     """
 
     name: str
@@ -66,11 +67,13 @@ class ServerSpec:
     metrics_port: int
     on_disk_models: tuple[str, ...]
     added_workers: tuple[WorkerSpec, ...] = ()
+    router_instances: int = 1
 
     @property
     def model_names(self) -> tuple[str, ...]:
         """Everything that must be ready."""
-        return (*self.on_disk_models, *(worker.name for worker in self.added_workers))
+        routers = (LLM.name,) if self.router_instances > 1 else ()
+        return (*self.on_disk_models, *(worker.name for worker in self.added_workers), *routers)
 
     @property
     def grpc_endpoint(self) -> str:
@@ -86,19 +89,22 @@ def worker_names(role: str, count: int) -> list[WorkerSpec]:
 def plan_servers(options: ServeOptions, pick_port: PortPicker) -> list[ServerSpec]:
     """The servers to start, workers first so that the public one finds them."""
     workers = worker_names("prefill", options.num_prefill) + worker_names("decode", options.num_decode)
+    instances = options.config.server.router_instances
+    beside = tuple(name for name in MODELS_BESIDE_WORKERS if instances == 1 or name != LLM.name)
     public = ServerSpec(
         name="kelp",
         host=options.host,
         grpc_port=options.grpc_port,
         http_port=options.http_port,
         metrics_port=options.metrics_port,
-        on_disk_models=MODELS_BESIDE_WORKERS,
+        on_disk_models=beside,
+        router_instances=instances,
     )
     if options.is_isolated:
         return [*(isolated_server(worker, options.host, pick_port) for worker in workers), public]
     on_disk = tuple(worker.name for worker in workers if worker.is_on_disk)
     added = tuple(worker for worker in workers if not worker.is_on_disk)
-    return [replace(public, on_disk_models=(*on_disk, *MODELS_BESIDE_WORKERS), added_workers=added)]
+    return [replace(public, on_disk_models=(*on_disk, *beside), added_workers=added)]
 
 
 def isolated_server(worker: WorkerSpec, host: str, pick_port: PortPicker) -> ServerSpec:
@@ -125,13 +131,21 @@ def write_config(config: KelpConfig, path: Path) -> None:
 
 def worker_model_config(worker: WorkerSpec) -> dict[str, Any]:
     """Triton configuration of a worker that is not on disk."""
-    schema = worker_schema(worker.name, worker.role)
+    return _model_config(worker_schema(worker.name, worker.role), 1)
+
+
+def router_model_config(num_instances: int) -> dict[str, Any]:
+    """Triton configuration of `llm` in several processes, each a router of its own."""
+    return _model_config(LLM, num_instances)
+
+
+def _model_config(schema: ModelSchema, num_instances: int) -> dict[str, Any]:
     return {
         "name": schema.name,
         "backend": schema.backend,
         "max_batch_size": 0,
         "model_transaction_policy": {"decoupled": schema.is_decoupled},
-        "instance_group": [{"count": 1, "kind": "KIND_CPU"}],
+        "instance_group": [{"count": num_instances, "kind": "KIND_CPU"}],
         "input": [{**_tensor(spec), "optional": spec.optional} for spec in schema.inputs],
         "output": [_tensor(spec) for spec in schema.outputs],
     }

@@ -18,6 +18,8 @@ from kelp.supervisor.ports import require_free
 
 _PROCESS_BYTES = 400 * 1024 * 1024
 """Resident size of a worker's process without weights and KV: interpreter, torch, transport (measured: 350 MiB)."""
+_MOCK_PROCESS_BYTES = 100 * 1024 * 1024
+"""The same of a mock's, whose KV is of no account."""
 
 
 def check(options: ServeOptions) -> None:
@@ -32,9 +34,13 @@ def check(options: ServeOptions) -> None:
     for folder in options.config.model.lora_adapters.values():
         adapter_digest(folder)
     num_workers = options.num_prefill + options.num_decode
-    shm.require_room(num_workers + len(MODELS_BESIDE_WORKERS))
-    if options.config.executor.device in ("auto", "cpu"):
-        _require_memory(options.config.executor, options.config.model.path, num_workers)
+    shm.require_room(num_workers + len(MODELS_BESIDE_WORKERS) + options.config.server.router_instances - 1)
+    executor = options.config.executor
+    if executor.engine == "mock":
+        _require_memory(_MOCK_PROCESS_BYTES, num_workers)
+    elif executor.device in ("auto", "cpu"):
+        folder = options.config.model.path
+        _require_memory(weight_bytes(folder, executor.dtype) + kv_bytes(folder, executor) + _PROCESS_BYTES, num_workers)
 
 
 def weight_bytes(folder: Path, dtype: str) -> int:
@@ -66,8 +72,7 @@ def _config_of(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "config.json").read_text()))
 
 
-def _require_memory(executor: ExecutorConfig, folder: Path, num_workers: int) -> None:
-    per_worker = weight_bytes(folder, executor.dtype) + kv_bytes(folder, executor) + _PROCESS_BYTES
+def _require_memory(per_worker: int, num_workers: int) -> None:
     needed, free = per_worker * num_workers, psutil.virtual_memory().available
     if needed > free:
         raise ConfigError(

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +17,15 @@ import psutil
 
 from kelp.client.grpc import TritonControl
 from kelp.core.errors import ConfigError, KelpError
+from kelp.core.schema import LLM
 from kelp.supervisor import shm
-from kelp.supervisor.plan import ServerSpec, worker_model_config
+from kelp.supervisor.plan import ServerSpec, router_model_config, worker_model_config
 
 _BACKENDS = ("python", "kelp_router", "kelp_preprocess", "kelp_prefill", "kelp_decode")
 _STOP_TIMEOUT_S = 20.0
 _POLL_S = 0.1
+_LOADS_AT_ONCE = 4
+"""As many as Triton's own threads for it (`--model-load-thread-count`)."""
 _PR_SET_PDEATHSIG = 1
 _LOG_TAIL_LINES = 8
 
@@ -105,9 +109,10 @@ class TritonServer:
             self._wait_for(control.is_live, "an answer", deadline_s)
             for name in self.spec.on_disk_models:
                 self._wait_model(control, name, deadline_s)
-            for worker in self.spec.added_workers:
-                control.load(worker.name, worker_model_config(worker))
-                self._wait_model(control, worker.name, deadline_s)
+            self._add_workers(control, deadline_s)
+            if self.spec.router_instances > 1:
+                control.load(LLM.name, router_model_config(self.spec.router_instances))
+                self._wait_model(control, LLM.name, deadline_s)
 
     def stop(self) -> None:
         """Stop server and stubs, by force if they do not go, and free their shared memory."""
@@ -133,6 +138,18 @@ class TritonServer:
             server = psutil.Process(self._process.pid)
             family += [server, *server.children(recursive=True)]
         return family
+
+    def _add_workers(self, control: TritonControl, deadline_s: float) -> None:
+        pool = ThreadPoolExecutor(_LOADS_AT_ONCE, thread_name_prefix="kelp-load")
+        try:
+            workers = self.spec.added_workers
+            loads = [pool.submit(control.load, worker.name, worker_model_config(worker)) for worker in workers]
+            for worker, load in zip(workers, loads, strict=True):
+                load.result()
+                self._wait_model(control, worker.name, deadline_s)
+        finally:
+            # Without waiting: whoever interrupts this stops the server, which ends the loads.
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _wait_model(self, control: TritonControl, name: str, deadline_s: float) -> None:
         def is_ready() -> bool:

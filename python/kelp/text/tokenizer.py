@@ -90,7 +90,8 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> npt.NDArray[np.int32]:
         """Token ids `[num_tokens] int32`, the same as `transformers` gives for `tokenizer(text)`."""
-        encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        # Unlike `encode`, this one keeps no offsets, a sixth of the time, and lets other threads run meanwhile.
+        encoding = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
         return np.array(encoding.ids, dtype=np.int32)
 
     def min_num_tokens(self, text: str) -> int:

@@ -38,7 +38,7 @@ from kelp.transport.metadata import pack_metadata, unpack_metadata
 
 _log = logging.getLogger(__name__)
 
-_PACKAGES = ("nixl", "nixl_cu12", "nixl_cu13")
+_META_PACKAGE, _WHEELS = "nixl", ("nixl_cu12", "nixl_cu13")
 _INFINIBAND = Path("/sys/class/infiniband")
 _ENVIRONMENT = {
     "NIXL_LOG_LEVEL": "WARN",
@@ -61,8 +61,11 @@ def _import_nixl() -> Any:
         os.environ.setdefault(name, value)
     if not _has_efa():
         os.environ.setdefault("UCX_MODULES", "^efa")
+    # The meta package wants torch's CUDA version and imports a CPU-only torch to ask it: 3 s and 200 MB. In a process
+    # without torch any wheel does, because no accelerator's memory is registered there.
+    packages = (_META_PACKAGE, *_WHEELS) if "torch" in sys.modules else (*_WHEELS, _META_PACKAGE)
     reasons = []
-    for package in _PACKAGES:
+    for package in packages:
         try:
             return importlib.import_module(f"{package}._api")
         except ImportError as error:

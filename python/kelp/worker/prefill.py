@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kelp.core.errors import InternalError, KelpError, ProtocolError, RequestCancelled
 from kelp.core.messages import Finished, GenerateCommand, Rendezvous
-from kelp.executor.base import Completed, Executor, ExecutorRequest, Prefilled, Tokens
+from kelp.executor.base import Completed, Executor, ExecutorRequest, Prefilled
 from kelp.kv.handoff import HandoffServer, Offer
 from kelp.worker.stream import RequestStream, is_over
 
@@ -45,19 +45,16 @@ async def run_prefill(
 
 
 async def _announce_all(offer: Offer, stream: RequestStream) -> Completed:
-    first: Tokens | None = None
     async for event in stream.events():
         if isinstance(event, Prefilled):
             offer.announce(event.num_tokens, event.block_ids)
-        elif isinstance(event, Tokens):
-            first = event
         elif isinstance(event, Completed):
             if is_over(event):
                 offer.fail(RequestCancelled("the sequence ended with its first token"))
-            elif first is None:
+            elif stream.first is None:
                 raise InternalError("the executor completed a prefill without a first token")
             else:
-                offer.finish(first.token_ids[0], first.log_probs[0])
+                offer.finish(stream.first.token_ids[0], stream.first.log_probs[0])
             return event
     raise InternalError("the executor's events ended without Completed")
 

@@ -21,6 +21,7 @@ from kelp.core.outbox import Outbox
 from kelp.core.types import Role, SequenceHash, WorkerState
 from kelp.core.wire import decode_message, encode_message
 from kelp.executor.base import Completed, Executor, ExecutorRequest
+from kelp.kv.events import EventPublisher
 from kelp.kv.handoff import HandoffReader, HandoffServer
 from kelp.registry.base import LayoutRecord, Registry, WorkerRecord
 from kelp.transport.base import Agent
@@ -36,7 +37,7 @@ _DRAIN_POLL_S = 0.05
 
 @dataclass(frozen=True, slots=True)
 class WorkerParts:
-    """What a worker is made of; `build.py` puts it together."""
+    """What a worker is made of; `build.py` puts it together. Without `events` routers guess what it holds."""
 
     executor: Executor
     handoffs: HandoffServer
@@ -45,6 +46,7 @@ class WorkerParts:
     registry: Registry
     clock: Clock
     metrics: Metrics
+    events: EventPublisher | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,9 @@ class WorkerService:
         """Open the handoff service and become visible."""
         self._presence = Presence(self._parts.registry, self._record, self._config.registry.heartbeat_s)
         self._handoff_endpoint = await self._parts.handoffs.start(self._config.handoff.host)
+        if self._parts.events is not None:
+            self._parts.events.start()
+            self._parts.executor.watch_kv(self._parts.events.sink)
         self._state = WorkerState.READY
         await self._presence.publish()
         loops = (self._presence.run(), self._keep_alive(), self._report())
@@ -231,7 +236,7 @@ class WorkerService:
             await asyncio.sleep(self._config.registry.heartbeat_s)
 
     def _record(self) -> WorkerRecord:
-        load = self._parts.executor.load()
+        load, events = self._parts.executor.load(), self._parts.events
         return WorkerRecord(
             worker_id=self._identity.worker_id,
             epoch=self._identity.epoch,
@@ -242,6 +247,11 @@ class WorkerService:
             handoff_endpoint=self._handoff_endpoint,
             handoff_shape=self._parts.executor.handoff_shape,
             layout=LayoutRecord.of(self._parts.executor.layout),
+            events_endpoint="" if events is None else events.endpoint,
+            replay_endpoint="" if events is None else events.replay_endpoint,
+            max_step_tokens=self._config.executor.max_step_tokens,
+            max_running=self._config.executor.max_running,
+            tags=self._config.server.tags,
             num_running=load.num_running,
             num_waiting=load.num_waiting,
             num_free_blocks=load.num_free_blocks,
@@ -249,6 +259,8 @@ class WorkerService:
 
     def _close_threads(self) -> None:
         self._parts.executor.close()
+        if self._parts.events is not None:
+            self._parts.events.close()
         self._parts.agent.close()
         self._cancel_watch.close()
         self._outbox.close()

@@ -12,7 +12,7 @@ import pytest
 from triton_double import TritonDouble, failure, open_triton, response, said
 
 from kelp.client.base import WorkerAddress, WorkerOutput
-from kelp.client.grpc import GrpcWorkerClient, workers
+from kelp.client.grpc import GrpcWorkerClient, shared_stream, workers
 from kelp.core.errors import CapacityError, DeadlineExceeded, KelpError, ProtocolError, WorkerLost
 from kelp.core.messages import DrainCommand, Finished, GenerateCommand, SamplingParams, WorkerStatus
 from kelp.core.types import FinishReason, Role
@@ -162,7 +162,7 @@ def test_closing_a_stream_has_the_worker_end_the_request_and_cancels_no_call(num
             await stream.close()
             assert triton.cancelled_ids == {COMMAND.request_id}
             assert len(triton.requests) == 2
-            await until(lambda: triton.num_open == 0, "the end")
+            await until(lambda: triton.num_running == 0, "the end")
             assert triton.num_cancelled == 0
 
     asyncio.run(scene())
@@ -178,8 +178,12 @@ def test_closing_a_stream_whose_worker_does_not_listen_cancels_the_call(monkeypa
             stream = client.generate(address(triton), COMMAND, PROMPT)
             await until(lambda: bool(triton.requests), "the request")
             await stream.close()
-            await until(lambda: triton.num_open == 0, "the cancellation")
-            assert triton.num_cancelled == 2, "the request and the cancel command"
+            await until(lambda: triton.num_cancelled == 1, "the cancellation")
+            with pytest.raises(WorkerLost, match="did not end the request"):
+                _ = [output async for output in stream if not output.token_ids]
+            triton.may_end.set()
+            assert [output.token_ids for output in await collect(client, triton)] == [(1,)]
+            assert triton.num_streams == 2, "others do not start on a call that has been given up"
 
     asyncio.run(scene())
 
@@ -194,7 +198,7 @@ def test_a_request_that_has_ended_is_read_to_the_end_and_not_cancelled(last: obj
             with contextlib.suppress(KelpError):
                 await aiter_of(stream).__anext__()
             await stream.close()
-            await until(lambda: triton.num_open == 0, "the end")
+            await until(lambda: triton.num_running == 0, "the end")
             assert len(triton.requests) == 1
             assert triton.num_cancelled == 0
 
@@ -204,6 +208,7 @@ def test_a_request_that_has_ended_is_read_to_the_end_and_not_cancelled(last: obj
 def test_a_reader_that_is_cancelled_while_it_waits_leaves_nothing_behind() -> None:
     async def scene() -> None:
         async with open_triton(stays_open=True) as (triton, _), open_client() as client:
+            triton.cancel_answer = response(event=encode_message(STATUS))
             stream = client.generate(address(triton), COMMAND, PROMPT)
             reading = asyncio.ensure_future(aiter_of(stream).__anext__())
             await until(lambda: bool(triton.requests), "the request")
@@ -212,7 +217,7 @@ def test_a_reader_that_is_cancelled_while_it_waits_leaves_nothing_behind() -> No
             with pytest.raises(asyncio.CancelledError):
                 await reading
             await closing
-            await until(lambda: triton.num_open == 0, "the cancellation")
+            await until(lambda: triton.num_running == 0, "the end")
 
     asyncio.run(scene())
 
@@ -269,7 +274,56 @@ def test_control_does_not_take_anything_for_a_status(answers: tuple[object, ...]
         async with open_triton(*answers) as (triton, _), open_client() as client:
             with pytest.raises(error):
                 await client.control(address(triton), None)
-            assert triton.num_open == 0
+            await until(lambda: triton.num_running == 0, "the end")
+
+    asyncio.run(scene())
+
+
+def test_requests_to_one_worker_share_a_stream_and_those_to_another_do_not() -> None:
+    async def scene() -> None:
+        async with open_triton(said([1], [-0.5])) as (triton, _), open_client() as client:
+            others = [COMMAND.model_copy(update={"request_id": f"r{index}"}) for index in range(3)]
+            streams = [client.generate(address(triton), command, PROMPT) for command in others]
+            for stream in streams:
+                assert [output.token_ids async for output in stream] == [(1,)]
+            assert (triton.num_streams, len(triton.requests)) == (1, 3)
+            elsewhere = client.generate(WorkerAddress(triton.endpoint, "decode_1"), COMMAND, PROMPT)
+            assert [output.token_ids async for output in elsewhere] == [(1,)]
+            assert triton.num_streams == 2
+
+    asyncio.run(scene())
+
+
+def test_a_stream_that_nobody_uses_is_closed_and_the_next_request_opens_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(shared_stream, "_IDLE_S", 0.02)
+
+    async def scene() -> None:
+        async with open_triton(said([1], [-0.5])) as (triton, _), open_client() as client:
+            await collect(client, triton)
+            await until(lambda: triton.num_open == 0, "the end of the idle stream")
+            assert triton.num_cancelled == 0
+            assert [output.token_ids for output in await collect(client, triton)] == [(1,)]
+            assert triton.num_streams == 2
+
+    asyncio.run(scene())
+
+
+def test_a_stream_stays_open_while_a_request_on_it_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_stream, "_IDLE_S", 0.01)
+
+    async def scene() -> None:
+        async with open_triton(said([1], [-0.5]), stays_open=True) as (triton, _), open_client() as client:
+            triton.cancel_answer = response(event=encode_message(STATUS))
+            outputs = aiter_of(client.generate(address(triton), COMMAND, PROMPT))
+            await outputs.__anext__()
+            for number in range(3):
+                passing = COMMAND.model_copy(update={"request_id": f"passing{number}"})
+                await client.generate(address(triton), passing, PROMPT).close()
+            assert triton.num_streams == 1
+            triton.may_end.set()
+            assert [output async for output in outputs] == []
 
     asyncio.run(scene())
 

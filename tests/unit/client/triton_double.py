@@ -44,14 +44,37 @@ def failure(message: str) -> service_pb2.ModelStreamInferResponse:
     return service_pb2.ModelStreamInferResponse(error_message=message)
 
 
+def _to(request: Any, answer: Any) -> Any:
+    """An answer that names its request, as Triton's do."""
+    named = service_pb2.ModelStreamInferResponse()
+    named.CopyFrom(answer)
+    named.infer_response.id = request.id
+    return named
+
+
+def _final(request: Any) -> Any:
+    """The empty last response that Triton sends on demand."""
+    last = _to(request, service_pb2.ModelStreamInferResponse())
+    last.infer_response.parameters["triton_final_response"].bool_param = True
+    return last
+
+
 @dataclass
 class TritonDouble(service_pb2_grpc.GRPCInferenceServiceServicer):
-    """Answers each stream with `answers`, then keeps it open until it is cancelled or `may_end`."""
+    """Answers each request with `answers`, then keeps it running until it is cancelled or `may_end`.
+
+    Attributes:
+        num_streams: gRPC calls so far, and `num_open` of them now.
+        num_running: Requests that have not had their final response.
+        num_cancelled: Calls that the client cancelled.
+    """
 
     answers: list[Any] = field(default_factory=list)
     requests: list[Any] = field(default_factory=list)
-    num_cancelled: int = 0
+    num_streams: int = 0
     num_open: int = 0
+    num_running: int = 0
+    num_cancelled: int = 0
     endpoint: str = ""
     heeds_cancel: bool = True
     cancel_answer: Any = None
@@ -63,23 +86,50 @@ class TritonDouble(service_pb2_grpc.GRPCInferenceServiceServicer):
         self._has_cancelled = asyncio.Condition()
 
     async def ModelStreamInfer(self, request_iterator: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
+        self.num_streams += 1
         self.num_open += 1
+        outgoing: asyncio.Queue[Any] = asyncio.Queue()
+        taking = asyncio.ensure_future(self._take_all(request_iterator, outgoing))
         try:
-            async for request in request_iterator:
-                self.requests.append(request)
-                command = json.loads(request.raw_input_contents[0][4:])
-                if command["op"] == "cancel":
-                    await self._cancel(command["request_id"])
-                    yield self.cancel_answer
-                    return
-                for answer in self.answers:
-                    yield answer
-            await self._wait_until_over(command.get("request_id", ""))
+            while (answer := await outgoing.get()) is not None:
+                yield answer
         except asyncio.CancelledError:
             self.num_cancelled += 1
             raise
         finally:
+            taking.cancel()
             self.num_open -= 1
+
+    async def _take_all(self, request_iterator: Any, outgoing: asyncio.Queue[Any]) -> None:
+        running = []
+        try:
+            async for request in request_iterator:
+                self.requests.append(request)
+                running.append(asyncio.ensure_future(self._run(request, outgoing)))
+            await asyncio.gather(*running)
+            outgoing.put_nowait(None)
+        finally:
+            for task in running:
+                task.cancel()
+
+    async def _run(self, request: Any, outgoing: asyncio.Queue[Any]) -> None:
+        self.num_running += 1
+        try:
+            async for answer in self._answers(json.loads(request.raw_input_contents[0][4:])):
+                outgoing.put_nowait(_to(request, answer))
+            assert request.parameters["triton_enable_empty_final_response"].bool_param
+            outgoing.put_nowait(_final(request))
+        finally:
+            self.num_running -= 1
+
+    async def _answers(self, command: dict[str, Any]) -> AsyncIterator[Any]:
+        if command["op"] == "cancel":
+            await self._cancel(command["request_id"])
+            yield self.cancel_answer
+            return
+        for answer in self.answers:
+            yield answer
+        await self._wait_until_over(command.get("request_id", ""))
 
     async def _cancel(self, request_id: str) -> None:
         if not self.heeds_cancel:

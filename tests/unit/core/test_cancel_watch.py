@@ -142,3 +142,11 @@ def test_closing_ends_the_thread_whether_or_not_anything_is_watched() -> None:
     idle.close()
     names = [thread.name for thread in threading.enumerate()]
     assert "kelp-cancel-watch" not in names
+
+
+def test_a_request_that_ends_within_the_interval_is_never_asked_about() -> None:
+    watch, exchange = CancelWatch(poll_s=3600.0), AskedExchange()
+    with watch.watching(exchange, lambda: None):
+        pass
+    watch.close()
+    assert exchange.num_asked == 0

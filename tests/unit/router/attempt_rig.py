@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from router_rig import FakeWorkers, attempt_parts, job, prefill_record, record
+from router_rig import FakeWorkers, attempt_parts, job, on_paper, prefill_record, record
 
 from kelp.core.messages import Finished
 from kelp.core.types import HandoffShape
 from kelp.registry.base import WorkerRecord
 from kelp.router.attempt import Attempt
 from kelp.router.job import Job
-from kelp.router.placement import Placement
+from kelp.router.request import RoutingRequest
+from kelp.router.selector import Decision
 from kelp.router.service import StreamCloser
 from support.virtual_time import run_in_virtual_time
 
@@ -30,9 +31,8 @@ class Trial:
         self.request = request
         self.closer = StreamCloser()
         parts = attempt_parts(self.workers, self.closer, idle_timeout_s)
-        self.attempt = Attempt(
-            parts, request, Placement(DECODE, prefill), lambda output: self.tokens.extend(output.token_ids)
-        )
+        self.placement = on_paper(Decision(RoutingRequest(4, ()), DECODE, prefill))
+        self.attempt = Attempt(parts, request, self.placement, lambda output: self.tokens.extend(output.token_ids))
 
     async def settle(self) -> None:
         """Let everybody react; takes virtual time, far less than a liveness check."""

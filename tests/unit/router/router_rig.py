@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,8 +13,9 @@ import numpy.typing as npt
 
 from kelp.client.base import WorkerAddress, WorkerOutput
 from kelp.core.cancel_watch import CancelWatch
-from kelp.core.clock import FakeClock
-from kelp.core.config import RouterConfig
+from kelp.core.clock import Clock, FakeClock, SystemClock
+from kelp.core.config import RouterConfig, RoutingConfig
+from kelp.core.config_replicas import QueueConfig
 from kelp.core.errors import KelpError
 from kelp.core.messages import (
     DrainCommand,
@@ -30,13 +31,20 @@ from kelp.core.outbox import Outbox
 from kelp.core.preprocess_messages import Prepared, PreparedPrompt
 from kelp.core.request import LlmRequest
 from kelp.core.types import FinishReason, Role, WorkerState
+from kelp.core.wire import encode_message
 from kelp.registry.base import LayoutRecord, WorkerRecord
+from kelp.router.admission import Admission
 from kelp.router.attempt import AttemptParts
+from kelp.router.capacity import Capacity
+from kelp.router.index.kv_index import KVIndex
 from kelp.router.job import Job
-from kelp.router.placement import Placer
-from kelp.router.policies import Candidate, LeastLoaded, RoutingRequest
+from kelp.router.ledger import Ledger
+from kelp.router.placement import Placement, Placer
 from kelp.router.relay import RelayItem
+from kelp.router.replicas import OwnLoads
+from kelp.router.selector import Decision, Selector, SelectorMode
 from kelp.router.service import RouterParts, RouterService, StreamCloser
+from kelp.router.workers import WorkerTable
 from kelp.text.stop_words import StopWords
 from support.exchange import FakeExchange, bytes_tensor
 from support.waiting import until
@@ -114,7 +122,7 @@ class FakeWorkers:
     """`WorkerClient` and `WorkersView` of workers that exist on paper."""
 
     def __init__(self, *records: WorkerRecord) -> None:
-        self.records = list(records)
+        self.known = list(records)
         self.dead: set[str] = set()
         self.arriving: list[WorkerRecord] = []
         self.streams: list[FakeStream] = []
@@ -130,14 +138,14 @@ class FakeWorkers:
     async def close(self) -> None:
         raise NotImplementedError
 
-    def ready(self) -> list[WorkerRecord]:
-        return self.records
+    def records(self) -> list[WorkerRecord]:
+        return self.known
 
     async def refresh(self) -> None:
-        self.records, self.arriving = [*self.records, *self.arriving], []
+        self.known, self.arriving = [*self.known, *self.arriving], []
 
     def is_alive(self, worker_id: str, epoch: str) -> bool:
-        names = {(known.worker_id, known.epoch): known.model_name for known in self.records}
+        names = {(known.worker_id, known.epoch): known.model_name for known in self.known}
         return names.get((worker_id, epoch), "unknown") not in {*self.dead, "unknown"}
 
     async def stream(self, number: int) -> FakeStream:
@@ -216,16 +224,44 @@ def letters(text: str) -> list[int]:
     return [ord(letter) for letter in text]
 
 
-class RecordingPolicy(LeastLoaded):
-    """Least-loaded; remembers what it was shown."""
+@dataclass
+class Desk:
+    """The decision with its books, as `router.stack` puts them together, but without sockets."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.last_candidates: list[Candidate] = []
+    selector: Selector
+    own: OwnLoads
+    admission: Admission
+    placer: Placer
+    ledger: Ledger
+    clock: Clock
 
-    def choose(self, candidates: Sequence[Candidate], request: RoutingRequest) -> Candidate:
-        self.last_candidates = list(candidates)
-        return super().choose(candidates, request)
+    async def explain(self, request_id: str) -> bytes | None:
+        explanation = self.selector.explain(request_id)
+        return None if explanation is None else encode_message(explanation)
+
+
+def open_desk(
+    workers: FakeWorkers,
+    metrics: Metrics | None = None,
+    clock: Clock | None = None,
+    queue: QueueConfig | None = None,
+    **mode: object,
+) -> Desk:
+    """A placer among the given workers; `mode` has the fields of `SelectorMode`."""
+    metrics, clock, queue, table = metrics or Metrics(), clock or SystemClock(), queue or QueueConfig(), WorkerTable()
+    settings = SelectorMode(**{"policy": "least-loaded", **mode})
+    selector = Selector(table, KVIndex(clock), RoutingConfig(), clock, 0, settings)
+    own = OwnLoads("router", 1)
+    ledger = Ledger(selector, own, settings.policy, metrics)
+    capacity = Capacity(table, selector.fleet, selector.load, queue)
+    admission = Admission(selector, ledger, capacity, queue, clock, metrics)
+    return Desk(selector, own, admission, Placer(workers, selector, admission, ledger, clock), ledger, clock)
+
+
+def on_paper(decision: Decision) -> Placement:
+    """A placement that nobody has reserved: what it tells is about an unknown request."""
+    desk = open_desk(FakeWorkers(*filter(None, (decision.prefill, decision.decode))))
+    return Placement(decision, desk.ledger, desk.clock)
 
 
 @dataclass
@@ -236,17 +272,19 @@ class RouterRig:
     workers: FakeWorkers
     preprocess: FakePreprocess
     outbox: Outbox[RelayItem]
-    placer: Placer
-    policy: RecordingPolicy
+    desk: Desk
     metrics: Metrics
     requests: list[asyncio.Task[None]] = field(default_factory=list)
 
     def ask(self, **inputs: npt.NDArray[np.generic] | str) -> tuple[FakeExchange, asyncio.Task[None]]:
         tensors = {name: bytes_tensor(value) if isinstance(value, str) else value for name, value in inputs.items()}
         exchange = FakeExchange({"text_input": bytes_tensor("hello"), **tensors})
+        return exchange, self.serve(exchange)
+
+    def serve(self, exchange: FakeExchange) -> asyncio.Task[None]:
         task = asyncio.ensure_future(self.service.handle(exchange))
         self.requests.append(task)
-        return exchange, task
+        return task
 
     def counters(self) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
         counters, _, _ = self.metrics.take()
@@ -255,34 +293,35 @@ class RouterRig:
     async def all_is_returned(self) -> None:
         """Every stream is closed, and no worker counts as busy."""
         await self.workers.all_closed()
-        await until(lambda: not self.loads_now(), "return of all in-flight counts")
+        await until(lambda: not self.num_active, "return of all in-flight counts")
+        assert self.desk.own.snapshot().loads == ()
 
-    def loads_now(self) -> list[Candidate]:
-        """Candidates that the next request would find busy."""
-        self.placer.place(RoutingRequest(1, ()))
-        return [candidate for candidate in self.policy.last_candidates if candidate.num_in_flight]
+    @property
+    def num_active(self) -> int:
+        """Requests counted on workers."""
+        return int(self.desk.selector.load.active.sum())
 
 
 @contextlib.asynccontextmanager
 async def open_router(*records: WorkerRecord, **config: object) -> AsyncIterator[RouterRig]:
     """A router among the given workers; `config` overrides `RouterConfig`."""
-    settings = RouterConfig.model_validate({"cancel_poll_s": 0.002, **config})
+    settings = RouterConfig.model_validate({"cancel_poll_s": 0.002, "policy": "least-loaded", **config})
     workers, closer, metrics, preprocess = FakeWorkers(*records), StreamCloser(), Metrics(), FakePreprocess()
-    policy = RecordingPolicy()
-    placer = Placer(workers, lambda: policy, settings.disaggregation)
+    desk = open_desk(workers, metrics, policy=settings.policy, disaggregation=settings.disaggregation)
     outbox: Outbox[RelayItem] = Outbox("outbox under test")
     watch = CancelWatch(settings.cancel_poll_s)
     parts = RouterParts(
         preprocess=preprocess,
         text=FakeText(),
-        placer=placer,
+        placer=desk.placer,
         attempts=attempt_parts(workers, closer, settings.idle_timeout_s),
         cancel_watch=watch,
         outbox=outbox,
         clock=FakeClock(),
         metrics=metrics,
+        explain=desk.explain,
     )
-    rig = RouterRig(RouterService(parts, settings), workers, preprocess, outbox, placer, policy, metrics)
+    rig = RouterRig(RouterService(parts, settings), workers, preprocess, outbox, desk, metrics)
     try:
         yield rig
     finally:

@@ -37,7 +37,7 @@ def test_a_silent_worker_whose_heartbeat_stopped_is_lost_within_two_checks() -> 
 
 def test_a_restarted_worker_is_another_one() -> None:
     async def story(trial: Trial, running: asyncio.Task[Finished]) -> None:
-        trial.workers.records = [record("decode", epoch="a later one")]
+        trial.workers.known = [record("decode", epoch="a later one")]
         with pytest.raises(WorkerLost, match="stopped its heartbeat"):
             await running
 

@@ -1,144 +1,274 @@
-"""Where requests go: load, avoided workers, layouts that do not fit, and the disaggregation setting."""
+"""Where requests go: load, avoided workers, layouts that do not fit, wishes, and what is counted until the end."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Coroutine
+from dataclasses import replace
+from typing import TypeVar
+
 import pytest
-from router_rig import LAYOUT, FakeWorkers, prefill_record, record
+from router_rig import LAYOUT, Desk, FakeWorkers, open_desk, prefill_record, record
 
+from kelp.client.base import WorkerOutput
+from kelp.core.clock import FakeClock
 from kelp.core.errors import CapacityError
-from kelp.core.types import Role
+from kelp.core.messages import Finished, Progress, RequestTimings, RequestUsage
+from kelp.core.types import Role, SequenceHash, WorkerKey
 from kelp.registry.base import WorkerRecord
-from kelp.router.placement import Placement, Placer, key_of
-from kelp.router.policies import Candidate, LeastLoaded, RoundRobin, RoutingRequest, make_policy
+from kelp.router.placement import Placement, key_of
+from kelp.router.request import RoutingRequest
 
-REQUEST = RoutingRequest(num_prompt_tokens=4, block_hashes=())
 OTHER_LAYOUT = LAYOUT.model_copy(update={"dtype": "bfloat16"})
+HASHES = (SequenceHash(b"a" * 16),)
+ResultT = TypeVar("ResultT")
 
 
-def placer(*records: WorkerRecord, disaggregation: str = "auto") -> Placer:
-    return Placer(FakeWorkers(*records), LeastLoaded, disaggregation)
+def run(work: Coroutine[object, object, ResultT]) -> ResultT:
+    return asyncio.run(work)
 
 
-def names(placement: Placement) -> tuple[str | None, str]:
+def desk(*records: WorkerRecord, disaggregation: str = "auto", policy: str = "least-loaded") -> Desk:
+    return open_desk(FakeWorkers(*records), clock=FakeClock(), disaggregation=disaggregation, policy=policy)
+
+
+def asked(name: str = "r", **fields: object) -> RoutingRequest:
+    return replace(RoutingRequest(num_prompt_tokens=4, block_hashes=HASHES, request_id=name), **fields)
+
+
+async def place(
+    desk: Desk, name: str = "r", avoid: frozenset[WorkerKey] = frozenset(), allow_prefill: bool = True, **fields: object
+) -> Placement:
+    return await desk.placer.place(asked(name, **fields), avoid, allow_prefill)
+
+
+def names_at(desk: Desk, **arguments: object) -> tuple[str | None, str]:
+    placement = run(place(desk, **arguments))
+    placement.end(is_completed=False)
     return placement.prefill and placement.prefill.model_name, placement.decode.model_name
 
 
 def test_a_prefill_worker_is_used_where_one_is_ready() -> None:
-    assert names(placer(prefill_record(), record("decode")).place(REQUEST)) == ("prefill", "decode")
+    assert names_at(desk(prefill_record(), record("decode"))) == ("prefill", "decode")
 
 
 def test_without_a_prefill_worker_auto_serves_aggregated() -> None:
-    assert names(placer(record("decode")).place(REQUEST)) == (None, "decode")
+    assert names_at(desk(record("decode"))) == (None, "decode")
 
 
 def test_always_refuses_without_a_prefill_worker() -> None:
     with pytest.raises(CapacityError, match="no prefill worker"):
-        placer(record("decode"), disaggregation="always").place(REQUEST)
+        names_at(desk(record("decode"), disaggregation="always"))
 
 
 def test_never_ignores_prefill_workers() -> None:
-    assert names(placer(prefill_record(), record("decode"), disaggregation="never").place(REQUEST)) == (None, "decode")
+    assert names_at(desk(prefill_record(), record("decode"), disaggregation="never")) == (None, "decode")
 
 
 @pytest.mark.parametrize("disaggregation", ["auto", "always"])
 def test_remote_prefill_that_failed_too_often_is_not_tried_again(disaggregation: str) -> None:
-    chosen = placer(prefill_record(), record("decode"), disaggregation=disaggregation)
-    assert names(chosen.place(REQUEST, allow_prefill=False)) == (None, "decode")
+    chosen = desk(prefill_record(), record("decode"), disaggregation=disaggregation)
+    assert names_at(chosen, allow_prefill=False) == (None, "decode")
 
 
 def test_a_prefill_worker_of_another_layout_is_not_used() -> None:
     misfit = prefill_record("misfit", layout=OTHER_LAYOUT)
-    assert names(placer(misfit, prefill_record("fit"), record("decode")).place(REQUEST)) == ("fit", "decode")
-    assert names(placer(misfit, record("decode")).place(REQUEST)) == (None, "decode")
+    assert names_at(desk(misfit, prefill_record("fit"), record("decode"))) == ("fit", "decode")
+    assert names_at(desk(misfit, record("decode"))) == (None, "decode")
     with pytest.raises(CapacityError, match="KV layout"):
-        placer(misfit, record("decode"), disaggregation="always").place(REQUEST)
+        names_at(desk(misfit, record("decode"), disaggregation="always"))
 
 
 def test_pools_of_different_size_fit_each_other() -> None:
     small = prefill_record(layout=LAYOUT.model_copy(update={"num_blocks": 2}))
-    assert names(placer(small, record("decode")).place(REQUEST)) == ("prefill", "decode")
+    assert names_at(desk(small, record("decode"))) == ("prefill", "decode")
 
 
 def test_an_aggregated_worker_decodes_and_never_prefills_for_others() -> None:
-    assert names(placer(record("both", Role.AGGREGATED)).place(REQUEST)) == (None, "both")
+    assert names_at(desk(record("both", Role.AGGREGATED))) == (None, "both")
 
 
 def test_a_prefill_worker_alone_serves_nobody() -> None:
     with pytest.raises(CapacityError, match="no decode worker is ready"):
-        placer(prefill_record()).place(REQUEST)
+        names_at(desk(prefill_record()))
 
 
-def test_requests_in_flight_count_until_they_end() -> None:
-    chosen = placer(record("d1"), record("d2"))
-    first = chosen.place(REQUEST)
-    with chosen.counting(first):
-        assert chosen.place(REQUEST).decode != first.decode
-        assert chosen.place(REQUEST).decode != first.decode
-    assert {chosen.place(REQUEST).decode.model_name for _ in range(2)} == {"d1", "d2"}
+def test_a_request_that_finds_no_worker_looks_again() -> None:
+    workers = FakeWorkers()
+    workers.arriving.append(record("late"))
+    assert run(place(open_desk(workers))).decode.model_name == "late"
 
 
-def test_a_request_that_fails_counts_no_longer() -> None:
-    chosen = placer(record("d1"), record("d2"))
-    with pytest.raises(RuntimeError), chosen.counting(chosen.place(REQUEST)):
-        raise RuntimeError
-    assert {chosen.place(REQUEST).decode.model_name for _ in range(2)} == {"d1", "d2"}
+def test_requests_count_until_they_end() -> None:
+    async def scene() -> None:
+        chosen = desk(record("d1"), record("d2"))
+        first, second = await place(chosen, "1"), await place(chosen, "2")
+        assert {first.decode.model_name, second.decode.model_name} == {"d1", "d2"}
+        first.end(is_completed=True)
+        third = await place(chosen, "3")
+        assert third.decode == first.decode
+        for placement in (first, second, third):
+            placement.end(is_completed=False)
+        assert chosen.selector.load.active.tolist() == [0.0, 0.0]
+        assert chosen.own.snapshot().loads == ()
+
+    run(scene())
+
+
+@pytest.mark.parametrize("policy", ["least-loaded", "kelp", "dynamo", "power-of-two"])
+def test_a_burst_spreads_although_all_heartbeats_are_old(policy: str) -> None:
+    """Heartbeats that say idle are a second old when a burst comes; and that say busy, when it has ended."""
+
+    async def scene() -> None:
+        workers = FakeWorkers(record("d1"), record("d2"))
+        chosen = open_desk(workers, clock=FakeClock(), policy=policy)
+        for number in range(6):
+            burst = [await place(chosen, f"{number} {index}") for index in range(8)]
+            assert {placement.decode.model_name for placement in burst} == {"d1", "d2"}
+            on_d1 = sum(placement.decode.model_name == "d1" for placement in burst)
+            assert policy == "power-of-two" or on_d1 == 4
+            for placement in burst:
+                placement.end(is_completed=True)
+            reported = {"d1": on_d1, "d2": 8 - on_d1}
+            workers.known = [
+                known.model_copy(update={"num_running": reported[known.model_name], "heartbeat_ns": number + 1})
+                for known in workers.known
+            ]
+            chosen.placer.update()
+
+    run(scene())
 
 
 def test_a_worker_that_just_failed_is_avoided() -> None:
     d1, d2 = record("d1"), record("d2")
-    chosen = placer(d1, d2)
-    assert {chosen.place(REQUEST, frozenset({key_of(d1)})).decode.model_name for _ in range(3)} == {"d2"}
+    chosen = desk(d1, d2)
+    assert {names_at(chosen, avoid=frozenset({key_of(d1)})) for _ in range(3)} == {(None, "d2")}
 
 
 def test_an_avoided_worker_is_better_than_none() -> None:
     only = record("decode")
-    assert placer(only).place(REQUEST, frozenset({key_of(only)})).decode == only
+    assert names_at(desk(only), avoid=frozenset({key_of(only)})) == (None, "decode")
 
 
-def test_a_restarted_worker_is_not_avoided_for_what_its_predecessor_did() -> None:
-    before, after = record("d1", epoch="before"), record("d1", epoch="after")
-    chosen = placer(after, record("d2"))
-    assert {chosen.place(REQUEST, frozenset({key_of(before)})).decode.model_name for _ in range(2)} == {"d1", "d2"}
+def test_a_pinned_worker_serves_whatever_the_load() -> None:
+    chosen = desk(record("d1"), record("d2"))
+    assert {names_at(chosen, name=str(number), pinned_worker="d2") for number in range(4)} == {(None, "d2")}
+    with pytest.raises(CapacityError, match="d9"):
+        names_at(chosen, pinned_worker="d9")
 
 
-def test_a_placement_names_its_workers_prefill_first() -> None:
-    placement = placer(prefill_record(), record("decode")).place(REQUEST)
-    assert placement.worker_ids == ("host:1/prefill", "host:1/decode")
-    assert Placement(placement.decode, None).worker_ids == ("host:1/decode",)
+def test_required_tags_narrow_and_preferred_tags_draw() -> None:
+    chosen = desk(record("d1", tags={"zone": "a"}), record("d2", tags={"zone": "b"}))
+    assert names_at(chosen, required_tags={"zone": "b"}) == (None, "d2")
+    with pytest.raises(CapacityError, match="zone=c"):
+        names_at(chosen, required_tags={"zone": "c"})
 
 
-def candidates(**loads: tuple[int, int, int]) -> list[Candidate]:
-    """By name: requests of ours, and running and waiting ones that the worker reported."""
-    return [
-        Candidate(record(name, num_running=running, num_waiting=waiting), in_flight)
-        for name, (in_flight, running, waiting) in loads.items()
-    ]
+def test_a_sequence_beside_another_is_counted_on_the_same_worker() -> None:
+    async def scene() -> None:
+        chosen = desk(prefill_record(), record("d1"), record("d2"))
+        first = await place(chosen, "r")
+        beside = chosen.placer.beside(first, asked("r-1"))
+        assert (beside.decode, beside.prefill) == (first.decode, None)
+        assert len(chosen.own.snapshot().loads) == 2
+        first.end(is_completed=True)
+        beside.end(is_completed=True)
+        assert chosen.selector.load.active.sum() == 0
+
+    run(scene())
 
 
-@pytest.mark.parametrize(
-    ("loads", "expected"),
-    [
-        ({"a": (2, 0, 0), "b": (1, 0, 0)}, "b"),
-        ({"a": (0, 1, 0), "b": (0, 0, 2)}, "a"),
-        ({"a": (1, 3, 3), "b": (4, 0, 0)}, "b"),
-        ({"a": (5, 5, 0), "b": (6, 0, 0)}, "a"),
-    ],
-    ids=["own requests", "reported requests", "other routers' requests", "own requests are not counted twice"],
-)
-def test_least_loaded_takes_the_worker_with_the_fewest_requests(
-    loads: dict[str, tuple[int, int, int]], expected: str
-) -> None:
-    assert LeastLoaded().choose(candidates(**loads), REQUEST).record.model_name == expected
+def test_a_sequence_stays_beside_another_on_a_worker_that_takes_no_new_requests() -> None:
+    async def scene() -> None:
+        workers = FakeWorkers(record("d1"))
+        chosen = open_desk(workers)
+        first = await place(chosen, "r")
+        workers.known = [record("d1", state="draining"), record("d2")]
+        chosen.placer.update()
+        assert chosen.placer.beside(first, asked("r-1")).decode.model_name == "d1"
+
+    run(scene())
 
 
-@pytest.mark.parametrize("policy", ["least-loaded", "round-robin"])
-def test_equal_workers_take_turns(policy: str) -> None:
-    equal = candidates(a=(0, 0, 0), b=(0, 0, 0), c=(0, 0, 0))
-    chosen = make_policy(policy)
-    assert sorted(chosen.choose(equal, REQUEST).record.model_name for _ in range(6)) == ["a", "a", "b", "b", "c", "c"]
+def says(*token_ids: int, event: Progress | Finished | None = None) -> WorkerOutput:
+    return WorkerOutput(token_ids, tuple(0.0 for _ in token_ids), event)
 
 
-def test_round_robin_ignores_load() -> None:
-    uneven = candidates(a=(9, 9, 9), b=(0, 0, 0))
-    chosen = RoundRobin()
-    assert [chosen.choose(uneven, REQUEST).record.model_name for _ in range(3)] == ["a", "b", "a"]
+TIMES = RequestTimings(arrival_ns=10**9, first_scheduled_ns=3 * 10**9, first_token_ns=8 * 10**9)
+
+
+def test_what_workers_tell_reaches_the_explanation() -> None:
+    async def scene() -> None:
+        chosen = desk(record("d1"))
+        placement = await place(chosen, "r")
+        placement.sent()
+        chosen.clock.advance(9.0)  # type: ignore[attr-defined]
+        placement.heard(says())
+        placement.heard(says(1, event=Progress(usage=RequestUsage(cached_tokens=3), timings=TIMES)))
+        chosen.clock.advance(2.0)  # type: ignore[attr-defined]
+        placement.heard(says(2, 3))
+        placement.end(is_completed=True)
+        explanation = chosen.selector.explain("r")
+        assert explanation is not None
+        outcome = explanation.outcome
+        assert (outcome.state, outcome.num_output_tokens, outcome.num_cached_tokens) == ("completed", 3, 3)
+        assert (outcome.ttft_s, outcome.queue_s, outcome.prefill_s, outcome.itl_s) == (9.0, 2.0, 5.0, 1.0)
+
+    run(scene())
+
+
+def test_a_transfer_counts_by_what_prefill_did_not_hide() -> None:
+    async def scene() -> None:
+        chosen = desk(prefill_record(), record("d1"))
+        placement = await place(chosen, "r")
+        told: list[float] = []
+        chosen.ledger.transferred = lambda decision, seconds: told.append(seconds)  # type: ignore[method-assign]
+        placement.heard(says(1, event=Finished(finish_reason=None, timings=RequestTimings(prefill_done_ns=5 * 10**9))))
+        times = RequestTimings(transfer_start_ns=2 * 10**9, transfer_done_ns=7 * 10**9)
+        placement.heard(says(2, event=Progress(timings=times)))
+        placement.heard(says(event=Finished(finish_reason="stop", timings=times)))
+        assert told == [2.0]
+
+    run(scene())
+
+
+def test_a_reservation_that_lapsed_before_the_request_was_sent_is_made_again() -> None:
+    async def scene() -> None:
+        chosen = desk(record("d1"))
+        placement = await place(chosen, "r")
+        chosen.clock.advance(1e6)  # type: ignore[attr-defined]
+        placement.sent()
+        assert chosen.selector.load.active.tolist() == [1.0]
+        placement.end(is_completed=False)
+        placement.end(is_completed=True)
+        assert chosen.selector.load.active.tolist() == [0.0]
+
+    run(scene())
+
+
+def test_nothing_is_counted_after_the_end() -> None:
+    async def scene() -> None:
+        chosen = desk(record("d1"))
+        placement = await place(chosen, "r")
+        placement.end(is_completed=False)
+        placement.sent()
+        placement.heard(says(1))
+        assert chosen.selector.load.active.tolist() == [0.0]
+        assert chosen.own.snapshot().loads == ()
+
+    run(scene())
+
+
+def test_other_routers_hear_of_every_step() -> None:
+    async def scene() -> None:
+        chosen = desk(prefill_record(), record("d1"))
+        placement = await place(chosen, "r")
+        (load,) = chosen.own.snapshot().loads
+        assert (load.decode, load.prefill) == (placement.decode.key, prefill_record().key)
+        assert (load.kv_tokens, load.work[1], load.is_prefilled) == (4, 4.0, False)
+        placement.heard(says(1))
+        assert chosen.own.snapshot().loads[0].is_prefilled
+        placement.end(is_completed=True)
+        assert chosen.own.snapshot().loads == ()
+
+    run(scene())

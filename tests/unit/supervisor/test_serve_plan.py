@@ -18,6 +18,7 @@ from kelp.supervisor.plan import (
     ServerSpec,
     WorkerSpec,
     plan_servers,
+    router_model_config,
     worker_model_config,
     worker_names,
     write_config,
@@ -63,6 +64,26 @@ def test_the_compact_layout_is_one_server_with_everything() -> None:
     assert [worker.name for worker in server.added_workers] == ["prefill_1", "decode_1", "decode_2"]
     assert server.model_names == (*server.on_disk_models, "prefill_1", "decode_1", "decode_2")
     assert (server.http_port, server.grpc_port, server.metrics_port) == (8000, 8001, 8002)
+
+
+@pytest.mark.parametrize("is_isolated", [False, True])
+def test_several_routers_are_processes_of_one_model_that_is_loaded_last(is_isolated: bool) -> None:
+    config = load_config({"server.router_instances": "3"})
+    planned = plan_servers(replace(options(is_isolated=is_isolated), config=config), lambda host: 9000)
+    public = planned[-1]
+    assert public.router_instances == 3
+    assert "llm" not in public.on_disk_models
+    assert public.model_names[-1] == "llm"
+    assert "--load-model=llm" not in flags(public)
+    assert all(server.router_instances == 1 for server in planned[:-1])
+
+
+def test_routers_that_are_loaded_look_like_the_one_on_disk_but_for_their_number() -> None:
+    config = router_model_config(3)
+    assert config["instance_group"] == [{"count": 3, "kind": "KIND_CPU"}]
+    (schema,) = [schema for schema in MODEL_SCHEMAS if schema.name == "llm"]
+    assert [tensor["name"] for tensor in config["input"]] == [spec.name for spec in schema.inputs]
+    assert config["backend"] == schema.backend
 
 
 def test_aggregated_serving_has_no_prefill_worker() -> None:

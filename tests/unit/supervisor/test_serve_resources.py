@@ -206,6 +206,16 @@ def test_too_little_memory_is_refused_with_numbers_and_remedies(model: Path) -> 
 
 
 @pytest.mark.usefixtures("free_memory")
+def test_a_mock_needs_a_process_s_memory_whatever_model_it_plays(model: Path) -> None:
+    real = serve_options(model, num_blocks=100_000)
+    executor = real.config.executor.model_copy(update={"engine": "mock"})
+    config = real.config.model_copy(update={"executor": executor})
+    preflight.check(replace(real, config=config, num_decode=7))
+    with pytest.raises(ConfigError, match=r"memory: 10 workers need about 1000 MiB, 900 MiB are free"):
+        preflight.check(replace(real, config=config, num_decode=9))
+
+
+@pytest.mark.usefixtures("free_memory")
 def test_host_memory_does_not_limit_a_gpu(model: Path) -> None:
     preflight.check(serve_options(model, num_blocks=100_000, device="cuda:0"))
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kelp.core.clock import SystemClock
-from kelp.core.config import HandoffConfig, KelpConfig, RegistryConfig, RouterConfig
+from kelp.core.config import HandoffConfig, KelpConfig, RegistryConfig, RouterConfig, ServerConfig
 from kelp.core.errors import KelpError, WorkerLost
 from kelp.core.messages import (
     WORKER_EVENT,
@@ -40,6 +40,7 @@ from kelp.executor.base import (
     Reserved,
     Tokens,
 )
+from kelp.kv.events import EventPublisher
 from kelp.kv.handoff import HandoffReader, HandoffServer
 from kelp.registry.base import WorkerRecord
 from kelp.transport.layout import describe_pool, pool_region
@@ -236,7 +237,13 @@ def reserved(*block_ids: int, num_cached: int = 0) -> Reserved:
 
 @contextlib.asynccontextmanager
 async def open_worker(
-    role: Role = Role.DECODE, idle_timeout_s: float = 60.0, heartbeat_s: float = 60.0, **handoff: float
+    role: Role = Role.DECODE,
+    idle_timeout_s: float = 60.0,
+    heartbeat_s: float = 60.0,
+    executor: FakeExecutor | None = None,
+    events: EventPublisher | None = None,
+    tags: dict[str, str] | None = None,
+    **handoff: float,
 ) -> AsyncIterator[WorkerRig]:
     """A started worker; `handoff` overrides `HandoffConfig`. Stopped at the end, unless the test has done it."""
     settings = HandoffConfig.model_validate({"transport": "local", **handoff})
@@ -244,14 +251,16 @@ async def open_worker(
         handoff=settings,
         router=RouterConfig(cancel_poll_s=0.002, idle_timeout_s=idle_timeout_s),
         registry=RegistryConfig(heartbeat_s=heartbeat_s),
+        server=ServerConfig(tags=tags or {}),
     )
-    executor, registry, faults, clock, metrics = FakeExecutor(), FakeRegistry(), ReadFaults(), SystemClock(), Metrics()
+    executor = executor or FakeExecutor()
+    registry, faults, clock, metrics = FakeRegistry(), ReadFaults(), SystemClock(), Metrics()
     agent = LocalAgent(role.value, faults)
     region = pool_region(LAYOUT, executor.pool_memory.base_address, "cpu")
     agent.register(region, executor.pool)
     handoffs = HandoffServer(describe_pool(agent, LAYOUT, region, role.value, "epoch"), settings, clock)
     reader = HandoffReader(agent, LAYOUT, settings, clock)
-    parts = WorkerParts(executor, handoffs, reader, agent, registry, clock, metrics)
+    parts = WorkerParts(executor, handoffs, reader, agent, registry, clock, metrics, events)
     service = WorkerService(WorkerIdentity(role.value, role, "host:1", "epoch"), parts, config)
     await service.start()
     rig = WorkerRig(service, executor, registry, handoffs, reader, faults, metrics, agent)

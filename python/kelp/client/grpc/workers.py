@@ -1,26 +1,27 @@
 """Workers over Triton's gRPC streaming API.
 
 Decoupled BLS deadlocks under concurrency in every released Triton (docs/architecture.md), so this client serves
-workers on the own server as well. Each request has a stream of its own, half-closed after the request. A request is
-cancelled by a command to its worker, and its stream read to the end: a cancelled gRPC call may meet a response on its
-way, and Triton (2.51) then keeps a reference to the model for ever, so that it never unloads.
+workers on the own server as well. A request is cancelled by a command to its worker, and its answer awaited to the
+end: a cancelled gRPC call may meet a response on its way, and Triton (2.51) then keeps a reference to the model for
+ever, so that it never unloads.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+import itertools
+import struct
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 import numpy as np
 import numpy.typing as npt
-import tritonclient.grpc.aio as triton
-from tritonclient.utils import InferenceServerException
+from tritonclient.grpc import service_pb2_grpc
 
 from kelp.client.base import WorkerAddress, WorkerOutput
-from kelp.core.errors import KelpError, ProtocolError, WorkerLost, from_message
+from kelp.client.grpc.shared_stream import RawTensors, Reply, SharedStream, infer_request
+from kelp.core.errors import ProtocolError
 from kelp.core.messages import (
     WORKER_EVENT,
     WORKER_STATUS,
@@ -29,6 +30,7 @@ from kelp.core.messages import (
     Finished,
     GenerateCommand,
     StatusCommand,
+    WorkerEvent,
     WorkerStatus,
 )
 from kelp.core.wire import Message, decode_message, encode_message
@@ -46,171 +48,120 @@ _CHANNEL_OPTIONS = [
 
 _CANCEL_TIMEOUT_S = 1.0
 _DRAIN_TIMEOUT_S = 4.0
+_LENGTH = struct.Struct("<I")
 
 
-def _inputs(command: Message, prompt: npt.NDArray[np.int32] | None) -> list[Any]:
-    document = triton.InferInput("command", [1], "BYTES")
-    document.set_data_from_numpy(np.array([encode_message(command)], dtype=np.object_))
-    if prompt is None:
-        return [document]
-    tokens = triton.InferInput("input_ids", [len(prompt)], "INT32")
-    tokens.set_data_from_numpy(np.ascontiguousarray(prompt, dtype=np.int32))
-    return [document, tokens]
+def _where(address: WorkerAddress) -> str:
+    return f"worker {address.endpoint}/{address.model_name}"
 
 
-def _event(result: Any) -> bytes:
-    array = result.as_numpy("event")
-    return bytes(array[0]) if array is not None and array.size else b""
+def _request(
+    address: WorkerAddress, request_id: str, command: Message, prompt: npt.NDArray[np.int32] | None = None
+) -> Any:
+    document = encode_message(command)
+    tensors = {"command": ("BYTES", 1, _LENGTH.pack(len(document)) + document)}
+    if prompt is not None:
+        tensors["input_ids"] = ("INT32", len(prompt), np.ascontiguousarray(prompt, dtype=np.int32).tobytes())
+    return infer_request(address.model_name, request_id, tensors)
+
+
+def _event(tensors: RawTensors) -> bytes:
+    return tensors.get("event", b"")[_LENGTH.size :]
+
+
+def _numbers(tensors: RawTensors, name: str, dtype: str) -> tuple[Any, ...]:
+    raw = tensors.get(name, b"")
+    return tuple(np.frombuffer(raw, dtype=dtype).tolist()) if raw else ()
 
 
 class GrpcWorkerStream:
-    """One request's stream; see `client.base.WorkerStream`.
+    """One request's responses; see `client.base.WorkerStream`."""
 
-    Args:
-        cancel: Asks the worker to end the request; None for one that ends by itself.
-    """
-
-    def __init__(
-        self,
-        client: Any,
-        address: WorkerAddress,
-        inputs: list[Any],
-        cancel: Callable[[], Awaitable[None]] | None = None,
-    ) -> None:
-        self._where = f"worker {address.endpoint}/{address.model_name}"
-        self._cancel = cancel
-        self._is_over = False
+    def __init__(self, shared: SharedStream, address: WorkerAddress, request: Any) -> None:
+        self._shared = shared
+        self._address = address
+        self._request_id = request.id
+        self._reply: Reply = shared.start(request)
         self._is_closing = False
-        self._has_ended = False
-        self._reading = asyncio.Lock()
-
-        async def requests() -> AsyncIterator[dict[str, Any]]:
-            yield {"model_name": address.model_name, "inputs": inputs}
-
-        self._responses = client.stream_infer(requests())
+        self._has_finished = False
 
     async def __aiter__(self) -> AsyncIterator[WorkerOutput]:
         """See `WorkerStream`."""
-        while True:
-            result = await self._next()
-            if result is None:
-                return
-            yield self._output(result)
-
-    async def results(self) -> AsyncIterator[Any]:
-        """Raw Triton results, errors mapped."""
-        while (result := await self._next()) is not None:
-            yield result
+        async for tensors in self._reply:
+            yield self._output(tensors)
 
     async def close(self) -> None:
-        """See `WorkerStream`; whoever still reads may go on, and shares what is left with the draining."""
-        if self._is_closing or self._is_over:
+        """See `WorkerStream`."""
+        if self._is_closing or self._reply.has_ended:
             return
         self._is_closing = True
-        draining = asyncio.ensure_future(self._drain())
-        if self._cancel is not None and not self._has_ended:
-            await self._cancel()
-        await asyncio.wait({draining}, timeout=_DRAIN_TIMEOUT_S)
-        if not draining.done():
-            self._responses.cancel()
-            await asyncio.wait({draining}, timeout=_DRAIN_TIMEOUT_S)
+        if not self._has_finished and self._shared.is_usable:
+            command = CancelCommand(request_id=self._request_id)
+            cancel_id = f"{self._request_id} cancel"
+            answer = self._shared.start(_request(self._address, cancel_id, command))
+            if not await answer.wait_ended(_CANCEL_TIMEOUT_S):
+                self._shared.abandon(cancel_id)
+        if not await self._reply.wait_ended(_DRAIN_TIMEOUT_S):
+            self._shared.abandon(self._request_id)
 
-    async def _drain(self) -> None:
-        while not self._is_over:
-            with contextlib.suppress(KelpError):
-                await self._next()
-
-    async def _next(self) -> Any:
-        """Next Triton result, or None after the last."""
-        async with self._reading:
-            result, error = (None, None) if self._is_over else await self._read()
-        if error is not None:
-            self._has_ended = True
-            raise self._typed(error)
-        return result
-
-    async def _read(self) -> tuple[Any, Any]:
-        try:
-            result, error = await self._responses.__anext__()
-        except StopAsyncIteration:
-            self._is_over = True
-            return None, None
-        except (grpc.RpcError, InferenceServerException) as error:
-            self._is_over = True
-            raise WorkerLost(f"{self._where}: connection broke: {_reason(error)}") from None
-        except asyncio.CancelledError:
-            # grpc.aio ends a call whose reader is cancelled, and tells readers of a cancelled call in this way.
-            self._is_over = True
-            raise
-        return result, error
-
-    def _typed(self, error: Any) -> KelpError:
-        typed = from_message(str(error.message() or ""))
-        return WorkerLost(f"{self._where}: {typed.text}") if type(typed) is WorkerLost else typed
-
-    def _output(self, result: Any) -> WorkerOutput:
-        tokens = result.as_numpy("output_ids")
-        log_probs = result.as_numpy("output_log_probs")
-        event = _event(result)
-        told = decode_message(WORKER_EVENT, event, self._where) if event else None
-        ids = () if tokens is None else tuple(tokens.tolist())
-        probs = () if log_probs is None else tuple(log_probs.tolist())
-        self._has_ended = isinstance(told, Finished)
-        if len(ids) != len(probs):
-            raise ProtocolError(f"{self._where}: {len(ids)} tokens with {len(probs)} log_probs")
-        return WorkerOutput(ids, probs, told)
-
-
-def _reason(error: Exception) -> str:
-    details = getattr(error, "details", None)
-    return str(details()) if callable(details) else str(error)
+    def _output(self, tensors: RawTensors) -> WorkerOutput:
+        ids = _numbers(tensors, "output_ids", "<i4")
+        log_probs = _numbers(tensors, "output_log_probs", "<f4")
+        event = _event(tensors)
+        told: WorkerEvent | None = decode_message(WORKER_EVENT, event, _where(self._address)) if event else None
+        self._has_finished = isinstance(told, Finished)
+        if len(ids) != len(log_probs):
+            raise ProtocolError(f"{_where(self._address)}: {len(ids)} tokens with {len(log_probs)} log_probs")
+        return WorkerOutput(ids, log_probs, told)
 
 
 class GrpcWorkerClient:
-    """One channel per tritonserver; see `client.base.WorkerClient`."""
+    """One channel per tritonserver and one stream per worker; see `client.base.WorkerClient`."""
 
     def __init__(self) -> None:
-        self._clients: dict[str, Any] = {}
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._streams: dict[WorkerAddress, SharedStream] = {}
+        self._num_asked = itertools.count()
 
     def generate(
         self, address: WorkerAddress, command: GenerateCommand, prompt: npt.NDArray[np.int32]
     ) -> GrpcWorkerStream:
         """See `WorkerClient`."""
-
-        async def cancel() -> None:
-            with contextlib.suppress(KelpError, asyncio.TimeoutError):
-                await asyncio.wait_for(
-                    self._ask(address, CancelCommand(request_id=command.request_id)), _CANCEL_TIMEOUT_S
-                )
-
-        return self._stream(address, _inputs(command, prompt), cancel)
+        request = _request(address, command.request_id, command, prompt)
+        return GrpcWorkerStream(self._stream(address), address, request)
 
     async def control(self, address: WorkerAddress, command: DrainCommand | None) -> WorkerStatus:
         """See `WorkerClient`."""
-        return await self._ask(address, command or StatusCommand())
+        request_id = f"control {next(self._num_asked)}"
+        shared = self._stream(address)
+        reply = shared.start(_request(address, request_id, command or StatusCommand()))
+        what = f"status of {address.endpoint}/{address.model_name}"
+        try:
+            async for tensors in reply:
+                if event := _event(tensors):
+                    return decode_message(WORKER_STATUS, event, what)
+        except asyncio.CancelledError:
+            shared.abandon(request_id)
+            raise
+        raise ProtocolError(f"{what}: the answer has no status")
 
     async def close(self) -> None:
         """See `WorkerClient`."""
-        clients, self._clients = self._clients, {}
-        for client in clients.values():
-            await client.close()
+        streams, self._streams = self._streams, {}
+        channels, self._channels = self._channels, {}
+        await asyncio.gather(*(stream.close() for stream in streams.values()))
+        for channel in channels.values():
+            await channel.close(None)
 
-    async def _ask(self, address: WorkerAddress, command: Message) -> WorkerStatus:
-        stream = self._stream(address, _inputs(command, None))
-        what = f"status of {address.endpoint}/{address.model_name}"
-        try:
-            async for result in stream.results():
-                if event := _event(result):
-                    return decode_message(WORKER_STATUS, event, what)
-        finally:
-            await stream.close()
-        raise ProtocolError(f"{what}: the answer has no status")
+    def _stream(self, address: WorkerAddress) -> SharedStream:
+        stream = self._streams.get(address)
+        if stream is None or not stream.is_usable:
+            stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel(address.endpoint))
+            stream = self._streams[address] = SharedStream(stub, _where(address))
+        return stream
 
-    def _stream(
-        self, address: WorkerAddress, inputs: list[Any], cancel: Callable[[], Awaitable[None]] | None = None
-    ) -> GrpcWorkerStream:
-        client = self._clients.get(address.endpoint)
-        if client is None:
-            client = triton.InferenceServerClient(address.endpoint, channel_args=_CHANNEL_OPTIONS)
-            self._clients[address.endpoint] = client
-        return GrpcWorkerStream(client, address, inputs, cancel)
+    def _channel(self, endpoint: str) -> grpc.aio.Channel:
+        channel = self._channels.get(endpoint)
+        if channel is None:
+            channel = self._channels[endpoint] = grpc.aio.insecure_channel(endpoint, options=_CHANNEL_OPTIONS)
+        return channel

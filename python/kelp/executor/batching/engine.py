@@ -20,8 +20,9 @@ from kelp.executor.batching.flights import Flights
 from kelp.executor.batching.guide import Guide
 from kelp.executor.batching.history import SequenceRules
 from kelp.executor.batching.progress import Progress
+from kelp.executor.batching.schedulable import Stage
 from kelp.executor.batching.scheduler import Scheduler, SchedulerLimits
-from kelp.executor.batching.sequence import Sequence, Stage
+from kelp.executor.batching.sequence import Sequence
 from kelp.executor.batching.speculation import Speculation, SpeculationRules
 from kelp.executor.batching.steps import Outcome, Steps
 from kelp.kv.pool import BlockPool
@@ -105,13 +106,12 @@ class Engine:
         self, request_id: str, first_token: int, first_log_prob: float, num_transferred_blocks: int
     ) -> None:
         """See `Executor`; `first_log_prob` was already emitted by the peer and is of no use here."""
+        if not 0 <= first_token < self._rules.vocab_size:
+            text = f"first_token: {first_token} is outside the vocabulary of {self._rules.vocab_size}"
+            self.reject_import(request_id, ProtocolError(text))
+            return
         sequence = self._after_transfer(request_id)
         if sequence is None:
-            return
-        if not 0 <= first_token < self._rules.vocab_size:
-            sequence.is_import = False
-            text = f"first_token: {first_token} is outside the vocabulary of {self._rules.vocab_size}"
-            self._finish(sequence, Failed(ProtocolError(text)))
             return
         progress = sequence.progress
         progress.transferred_blocks = num_transferred_blocks
@@ -122,6 +122,13 @@ class Engine:
         reason = sequence.history.append(first_token)
         if reason is not None:
             self._finish(sequence, _ending(sequence, reason))
+
+    def reject_import(self, request_id: str, error: KelpError) -> None:
+        """What a peer put into the reserved blocks is not what was asked for: fail the request, free the blocks."""
+        sequence = self._after_transfer(request_id)
+        if sequence is not None:
+            sequence.is_import = False
+            self._finish(sequence, Failed(error))
 
     def fail_import(self, request_id: str) -> None:
         """See `Executor`."""

@@ -1,4 +1,4 @@
-"""The embedded engine behind `executor.base.Executor`: one thread, one inbox.
+"""A batching engine behind `executor.base.Executor`: one thread, one inbox.
 
 Public methods validate what they can at once and put a command into the inbox; the thread drains it between
 steps. Knows threads and queues, not models: the engine is handed in.
@@ -13,7 +13,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from kelp.core.clock import Clock
-from kelp.core.errors import CapacityError, InternalError, InvalidRequest, NotFound, PromptTooLong, WorkerLost
+from kelp.core.errors import (
+    CapacityError,
+    InternalError,
+    InvalidRequest,
+    KelpError,
+    NotFound,
+    PromptTooLong,
+    WorkerLost,
+)
 from kelp.core.kv_events import KVEventSink
 from kelp.core.messages import RequestTimings, RequestUsage
 from kelp.core.types import FinishReason, HandoffShape, KVLayout, Role, num_blocks_for
@@ -29,6 +37,7 @@ from kelp.executor.base import (
     Sink,
 )
 from kelp.executor.batching.batch import ModelRunner
+from kelp.executor.batching.drafts import DraftProposer, NgramProposer
 from kelp.executor.batching.engine import Engine, EngineRules
 from kelp.executor.batching.guide import Guide
 from kelp.executor.batching.guided import start_guide
@@ -41,10 +50,11 @@ _Command = Callable[[Engine], None]
 
 @dataclass(frozen=True, slots=True)
 class BatchingExecutorParts:
-    """What a torch executor is assembled from (`load.load_torch_executor`).
+    """What an executor is assembled from (`torch.load.load_parts`, `mock.load.load_mock_parts`).
 
     Attributes:
         grammars: Compiles guides; None refuses them.
+        proposer: Where drafts come from.
     """
 
     runner: ModelRunner
@@ -54,6 +64,7 @@ class BatchingExecutorParts:
     rules: EngineRules
     max_waiting: int
     grammars: GrammarCompiler | None = None
+    proposer: DraftProposer = NgramProposer()
 
 
 class BatchingExecutor:
@@ -72,8 +83,8 @@ class BatchingExecutor:
         self._num_submitting = 0
         self._is_closed = False
         self._pool = BlockPool(parts.layout.num_blocks)
-        self._engine = Engine(parts.runner, self._pool, parts.rules, clock, self._forget)
-        self._thread = threading.Thread(target=self._run, name="kelp-torch-executor", daemon=True)
+        self._engine = Engine(parts.runner, self._pool, parts.rules, clock, self._forget, parts.proposer)
+        self._thread = threading.Thread(target=self._run, name="kelp-executor", daemon=True)
         self._thread.start()
 
     @property
@@ -137,6 +148,10 @@ class BatchingExecutor:
         self._inbox.put(
             lambda engine: engine.complete_import(request_id, first_token, first_log_prob, num_transferred_blocks)
         )
+
+    def reject_import(self, request_id: str, error: KelpError) -> None:
+        """For engines that look at what came: it is wrong, so the request fails with `error`."""
+        self._inbox.put(lambda engine: engine.reject_import(request_id, error))
 
     def fail_import(self, request_id: str) -> None:
         """See `Executor`."""
@@ -260,7 +275,9 @@ class BatchingExecutor:
         wait_s = self._engine.seconds_to_wake() if is_idle else 0.0
         try:
             while True:
-                command = self._inbox.get(timeout=wait_s) if wait_s != 0.0 else self._inbox.get_nowait()
+                if wait_s == 0.0 and self._inbox.empty():
+                    return True
+                command = self._inbox.get(timeout=wait_s)
                 if command is None:
                     return False
                 command(self._engine)

@@ -52,7 +52,7 @@ class Flights:
         """Whether the oldest must land before another launch."""
         return len(self._flights) >= self._max_in_flight
 
-    def launch(self, work: Many[Work]) -> None:
+    def launch(self, work: Many[Work[Sequence]]) -> None:
         """Give the device one more step.
 
         Raises:

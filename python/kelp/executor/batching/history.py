@@ -43,6 +43,7 @@ class History:
         self._block_size = rules.block_size
         self.guide = guide
         self.num_tokens = len(prompt)
+        self._output_start = request.num_original_tokens
         num_to_come = 1 if request.role is Role.PREFILL else request.num_tokens_to_come
         self._buffer = np.zeros(len(prompt) + num_to_come, np.int32)
         self._buffer[: len(prompt)] = prompt
@@ -76,7 +77,7 @@ class History:
         self._buffer[self.num_tokens] = token_id
         self.num_tokens += 1
         sampling = self._request.sampling
-        num_generated = self.num_tokens - self._request.num_original_tokens
+        num_generated = self.num_tokens - self._output_start
         if self.guide is not None:
             self.guide.accept(token_id)
             if self.guide.error:
@@ -93,7 +94,7 @@ class History:
 
     def is_draft(self, token_id: int) -> bool:
         """Whether the guess for the next token is this one."""
-        return bool(self._buffer[self.num_tokens] == token_id)
+        return self._buffer.item(self.num_tokens) == token_id
 
     def inputs(self, start: int, end: int) -> Tokens:
         """Known tokens and guesses at these positions; a view."""
@@ -104,15 +105,12 @@ class History:
         masks: Many[npt.NDArray[np.int32] | None] = (None,) * (num_drafts + 1)
         if self.guide is not None:
             masks = self.guide.allowed(self._buffer[num_tokens : num_tokens + num_drafts].tolist())
+        buffer, sampling, start, stops = self._buffer, self._request.sampling, self._output_start, self._stop_token_ids
         return tuple(
-            SamplePoint(
-                params=self._request.sampling,
-                tokens=self._buffer[: num_tokens + index],
-                num_prompt_tokens=self._request.num_original_tokens,
-                stop_token_ids=self._stop_token_ids,
-                allowed=mask,
-            )
-            for index, mask in enumerate(masks)
+            [
+                SamplePoint(sampling, buffer[: num_tokens + index], start, stops, mask)
+                for index, mask in enumerate(masks)
+            ]
         )
 
     def block_hashes(self, num_blocks: int) -> list[SequenceHash]:

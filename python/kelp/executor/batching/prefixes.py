@@ -9,21 +9,20 @@ from __future__ import annotations
 from collections.abc import Sequence as Many
 
 from kelp.core.types import SequenceHash
-from kelp.executor.batching.sequence import Sequence
 
 
 class PromisedBlocks:
     """Names of full blocks that running prompts and awaited imports will seal."""
 
     def __init__(self) -> None:
-        self._makers: dict[SequenceHash, Sequence] = {}
-        self._promises: dict[Sequence, Many[SequenceHash]] = {}
+        self._makers: dict[SequenceHash, object] = {}
+        self._promises: dict[object, Many[SequenceHash]] = {}
 
     def __contains__(self, sequence_hash: SequenceHash) -> bool:
         """Whether somebody makes this block."""
         return sequence_hash in self._makers
 
-    def promise(self, sequence: Sequence, hashes: Many[SequenceHash]) -> None:
+    def promise(self, sequence: object, hashes: Many[SequenceHash]) -> None:
         """A sequence got empty blocks for these; of several makers the first counts."""
         self._promises[sequence] = hashes
         for sequence_hash in hashes:
@@ -33,7 +32,7 @@ class PromisedBlocks:
         """The block is in the cache, whoever made it."""
         self._makers.pop(sequence_hash, None)
 
-    def withdraw(self, sequence: Sequence) -> None:
+    def withdraw(self, sequence: object) -> None:
         """A sequence gives its blocks back, or has made them all; idempotent."""
         for sequence_hash in self._promises.pop(sequence, ()):
             if self._makers.get(sequence_hash) is sequence:

@@ -17,12 +17,12 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Generic
 
 from kelp.core.types import BlockId
 from kelp.executor.batching.prefixes import PromisedBlocks
-from kelp.executor.batching.sequence import Sequence, Stage
+from kelp.executor.batching.schedulable import Drafting, Schedulable, SchedulableT, Stage
 from kelp.executor.batching.shares import share_out
-from kelp.executor.batching.speculation import Speculation
 from kelp.kv.pool import BlockPool
 
 _IMPORT_PATIENCE_S = 1.0
@@ -38,16 +38,16 @@ class SchedulerLimits:
 
 
 @dataclass(slots=True)
-class Work:
+class Work(Generic[SchedulableT]):
     """One sequence's part of a step: pending tokens, and drafts behind them."""
 
-    sequence: Sequence
+    sequence: SchedulableT
     num_tokens: int
     num_drafts: int = 0
 
 
 @dataclass(slots=True)
-class Plan:
+class Plan(Generic[SchedulableT]):
     """One step.
 
     Attributes:
@@ -58,22 +58,22 @@ class Plan:
     """
 
     now_s: float = 0.0
-    work: list[Work] = field(default_factory=list)
-    admitted: list[Sequence] = field(default_factory=list)
+    work: list[Work[SchedulableT]] = field(default_factory=list)
+    admitted: list[SchedulableT] = field(default_factory=list)
     is_short: bool = False
 
 
-class Scheduler:
+class Scheduler(Generic[SchedulableT]):
     """Queue, running set and block ownership of one engine."""
 
-    def __init__(self, pool: BlockPool, limits: SchedulerLimits, speculation: Speculation) -> None:
+    def __init__(self, pool: BlockPool, limits: SchedulerLimits, speculation: Drafting[SchedulableT]) -> None:
         self._pool = pool
         self._limits = limits
         self._speculation = speculation
         self._promised = PromisedBlocks()
-        self._waiting: list[Sequence] = []
-        self._running: list[Sequence] = []
-        self._importing: list[Sequence] = []
+        self._waiting: list[SchedulableT] = []
+        self._running: list[SchedulableT] = []
+        self._importing: list[SchedulableT] = []
         self.num_preemptions = 0
 
     @property
@@ -86,34 +86,34 @@ class Scheduler:
         """Sequences that hold a slot: computing, or waiting for their import."""
         return len(self._running) + len(self._importing)
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: SchedulableT) -> None:
         """Queue by arrival."""
         sequence.stage = Stage.WAITING
         insort(self._waiting, sequence, key=_arrival)
 
-    def remove(self, sequence: Sequence) -> None:
+    def remove(self, sequence: SchedulableT) -> None:
         """Take a sequence out of whatever set it is in; its blocks stay with it."""
         self._promised.withdraw(sequence)
         for members in (self._waiting, self._running, self._importing):
             if sequence in members:
                 members.remove(sequence)
 
-    def start_imported(self, sequence: Sequence) -> None:
+    def start_imported(self, sequence: SchedulableT) -> None:
         """Let a sequence whose import is complete take part in steps."""
         self._importing.remove(sequence)
         self._run(sequence)
 
-    def requeue(self, sequence: Sequence) -> None:
+    def requeue(self, sequence: SchedulableT) -> None:
         """Take the blocks back and queue the sequence again."""
         self.remove(sequence)
         self.free(sequence)
         self.add(sequence)
 
-    def free(self, sequence: Sequence) -> None:
+    def free(self, sequence: SchedulableT) -> None:
         """Give a sequence's blocks back."""
         self._pool.release(sequence.surrender())
 
-    def seal(self, sequence: Sequence) -> None:
+    def seal(self, sequence: SchedulableT) -> None:
         """Make the full blocks whose KV became final known to the prefix cache."""
         if self._limits.enable_prefix_cache:
             for block_id, sequence_hash, parent in sequence.take_sealable():
@@ -125,10 +125,10 @@ class Scheduler:
         ends = [sequence.promise_end_s for sequence in self._importing if sequence.promise_end_s is not None]
         return max(0.0, min(ends) - now_s) if ends and self._waiting else None
 
-    def plan(self, now_s: float) -> Plan:
+    def plan(self, now_s: float) -> Plan[SchedulableT]:
         """Choose the next step's work; allocates, preempts and admits."""
         self._lose_patience(now_s)
-        plan = Plan(now_s)
+        plan: Plan[SchedulableT] = Plan(now_s)
         num_preemptions = self.num_preemptions
         self._plan_decodes(plan)
         if not plan.is_short:
@@ -136,15 +136,18 @@ class Scheduler:
                 self._admit(plan)
             decodes = list(plan.work)
             budget = self._plan_prefills(plan, self._limits.max_step_tokens - len(decodes))
-            self._plan_drafts(decodes, budget)
+            if self._speculation.may_draft:
+                self._plan_drafts(decodes, budget)
         return plan
 
-    def _plan_decodes(self, plan: Plan) -> None:
+    def _plan_decodes(self, plan: Plan[SchedulableT]) -> None:
         members = [member for member in self._running if member.num_pending == 1]
         for sequence in members:
-            if sequence.stage is not Stage.RUNNING or self._must_be_known(sequence, len(members)):
+            if sequence.stage is not Stage.RUNNING:
                 continue
-            if not self._grow(sequence, plan):
+            if sequence.num_foreseen and self._must_be_known(sequence, len(members)):
+                continue
+            if len(sequence.block_ids) < sequence.num_blocks_wanted and not self._grow(sequence, plan):
                 return
             if sequence.stage is Stage.RUNNING:
                 plan.work.append(Work(sequence, 1))
@@ -155,13 +158,11 @@ class Scheduler:
                 sequence.promise_end_s = None
                 self._promised.withdraw(sequence)
 
-    def _must_be_known(self, sequence: Sequence, num_decodes: int) -> bool:
-        """Whether the next token is in flight and the step after it needs to know which it is."""
-        if not sequence.num_foreseen:
-            return False
-        return not sequence.history.is_foreseeable or self._speculation.num_worthwhile(sequence, num_decodes) > 0
+    def _must_be_known(self, sequence: SchedulableT, num_decodes: int) -> bool:
+        """Whether the step after the token in flight needs to know which it is."""
+        return not sequence.is_foreseeable or self._speculation.num_worthwhile(sequence, num_decodes) > 0
 
-    def _plan_prefills(self, plan: Plan, budget: int) -> int:
+    def _plan_prefills(self, plan: Plan[SchedulableT], budget: int) -> int:
         prefills = [sequence for sequence in self._running if sequence.num_pending > 1]
         shares = share_out([sequence.num_pending for sequence in prefills], budget)
         for sequence, num_tokens in zip(prefills, shares, strict=True):
@@ -169,8 +170,8 @@ class Scheduler:
                 plan.work.append(Work(sequence, num_tokens))
         return budget - sum(shares)
 
-    def _plan_drafts(self, decodes: list[Work], budget: int) -> None:
-        drafting: list[Work] = []
+    def _plan_drafts(self, decodes: list[Work[SchedulableT]], budget: int) -> None:
+        drafting: list[Work[SchedulableT]] = []
         limits: list[int] = []
         for work in decodes:
             limit = min(budget, self._speculation.num_worthwhile(work.sequence, len(decodes)))
@@ -183,16 +184,16 @@ class Scheduler:
             for work, num_drafts in zip(drafting, nums_drafts, strict=True):
                 work.num_drafts = self._make_room(work.sequence, num_drafts)
 
-    def _make_room(self, sequence: Sequence, num_drafts: int) -> int:
+    def _make_room(self, sequence: SchedulableT, num_drafts: int) -> int:
         """How many of some drafts have a place in the sequence's blocks, or in a block to spare."""
-        size = sequence.rules.block_size
+        size = sequence.block_size
         num_places = len(sequence.block_ids) * size - sequence.num_tokens
         while num_places < num_drafts and self._pool.num_available > self._num_growing:
             sequence.extend(self._pool.allocate(1))
             num_places += size
         return min(num_drafts, num_places)
 
-    def _admit(self, plan: Plan) -> None:
+    def _admit(self, plan: Plan[SchedulableT]) -> None:
         for sequence in list(self._waiting):
             if self.num_running >= self._limits.max_running:
                 return
@@ -210,7 +211,7 @@ class Scheduler:
                 sequence.promise_end_s = plan.now_s + _IMPORT_PATIENCE_S
             plan.admitted.append(sequence)
 
-    def _equip(self, sequence: Sequence, matched: list[BlockId]) -> bool:
+    def _equip(self, sequence: SchedulableT, matched: list[BlockId]) -> bool:
         """Admit with blocks for all known tokens, if they leave one to grow into for every running sequence."""
         num_missing = sequence.num_blocks_wanted - len(matched)
         if num_missing + self._num_growing > self._pool.num_available:
@@ -227,7 +228,7 @@ class Scheduler:
             self._run(sequence)
         return True
 
-    def _grow(self, sequence: Sequence, plan: Plan) -> bool:
+    def _grow(self, sequence: SchedulableT, plan: Plan[SchedulableT]) -> bool:
         """One more block if the next token needs it, for which the sequence itself may be preempted.
 
         Returns:
@@ -251,13 +252,13 @@ class Scheduler:
     def _num_growing(self) -> int:
         return sum(1 for _ in self._growing())
 
-    def _growing(self) -> Iterator[Sequence]:
+    def _growing(self) -> Iterator[SchedulableT]:
         return (sequence for sequence in self._running if sequence.is_preemptible)
 
-    def _run(self, sequence: Sequence) -> None:
+    def _run(self, sequence: SchedulableT) -> None:
         sequence.stage = Stage.RUNNING
         insort(self._running, sequence, key=_arrival)
 
 
-def _arrival(sequence: Sequence) -> int:
+def _arrival(sequence: Schedulable) -> int:
     return sequence.arrival

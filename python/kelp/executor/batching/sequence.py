@@ -15,7 +15,6 @@ Holds facts and derives others from them; decides nothing about other sequences.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -26,18 +25,7 @@ from kelp.executor.batching.drafts import Acceptance
 from kelp.executor.batching.guide import Guide
 from kelp.executor.batching.history import History, SequenceRules
 from kelp.executor.batching.progress import Progress
-
-
-class Stage(enum.Enum):
-    """See the module docstring."""
-
-    WAITING = "waiting"
-    IMPORTING = "importing"
-    RUNNING = "running"
-    LEASED = "leased"
-    QUARANTINED = "quarantined"
-    RETIRING = "retiring"
-    ENDED = "ended"
+from kelp.executor.batching.schedulable import Stage
 
 
 @dataclass(slots=True, eq=False)
@@ -99,6 +87,16 @@ class Sequence:
     def is_preemptible(self) -> bool:
         """Whether its blocks may be taken away: no peer reads or writes them."""
         return self.stage is Stage.RUNNING and not self.is_prefill_only
+
+    @property
+    def is_foreseeable(self) -> bool:
+        """See `History`."""
+        return self.history.is_foreseeable
+
+    @property
+    def block_size(self) -> int:
+        """Tokens per block."""
+        return self.rules.block_size
 
     @property
     def num_tokens(self) -> int:
@@ -171,6 +169,8 @@ class Sequence:
     def take_sealable(self) -> list[tuple[BlockId, SequenceHash, SequenceHash | None]]:
         """Full blocks whose KV became final since the last call, with their names and those of the blocks before."""
         num_full = self.num_computed // self.rules.block_size
+        if num_full <= self._num_sealed:
+            return []
         hashes = self.history.block_hashes(num_full)
         first, self._num_sealed = self._num_sealed, num_full
         return [

@@ -44,6 +44,11 @@ class Speculation:
         self.num_draft_tokens = 0
         self.num_accepted_tokens = 0
 
+    @property
+    def may_draft(self) -> bool:
+        """Whether any sequence may get drafts at all."""
+        return self._rules.num_draft_tokens > 0
+
     def num_worthwhile(self, sequence: Sequence, num_decodes: int) -> int:
         """Drafts of a sequence that pay in a step of `num_decodes` decoding sequences, whatever they turn out to be."""
         if not self._rules.num_draft_tokens:

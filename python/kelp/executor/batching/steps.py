@@ -14,8 +14,9 @@ from kelp.core.types import FinishReason
 from kelp.executor.base import Admitted, ExecutorEvent, Prefilled, Reserved, Tokens
 from kelp.executor.batching.batch import Sampled
 from kelp.executor.batching.flights import Flights, Part
+from kelp.executor.batching.schedulable import Stage
 from kelp.executor.batching.scheduler import Plan, Scheduler
-from kelp.executor.batching.sequence import Sequence, Stage
+from kelp.executor.batching.sequence import Sequence
 from kelp.executor.batching.speculation import Speculation
 
 
@@ -35,7 +36,9 @@ class Outcome:
 class Steps:
     """Steps of one engine; synchronous, single-threaded."""
 
-    def __init__(self, flights: Flights, scheduler: Scheduler, speculation: Speculation, clock: Clock) -> None:
+    def __init__(
+        self, flights: Flights, scheduler: Scheduler[Sequence], speculation: Speculation, clock: Clock
+    ) -> None:
         self._flights = flights
         self._scheduler = scheduler
         self._speculation = speculation
@@ -93,8 +96,8 @@ class Steps:
         if accepted:
             progress.last_token_ns = now_ns
             progress.first_token_ns = progress.first_token_ns or now_ns
-            token_ids = tuple(choice.token_id for choice in accepted)
-            _emit(sequence, Tokens(token_ids, tuple(choice.log_prob for choice in accepted)))
+            token_ids = tuple([choice.token_id for choice in accepted])
+            _emit(sequence, Tokens(token_ids, tuple([choice.log_prob for choice in accepted])))
             if reason is not None or sequence.is_prefill_only:
                 outcome.ended.append((sequence, reason))
 

@@ -1,0 +1,36 @@
+"""Configuration of the routing decision; part of `core.config`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from kelp.core.config_values import Group, Positive
+
+PolicyName = Literal["kelp", "dynamo", "sglang", "least-loaded", "round-robin", "random", "power-of-two"]
+"""How the router chooses a worker; `router.policies` describes each."""
+
+
+class RoutingConfig(Group):
+    """How the router weighs workers and what it remembers of its decisions."""
+
+    policy_parameters: dict[str, float] = {}
+    """Weights and thresholds of the chosen policy by field name; `router.policies` gives each policy's defaults."""
+    temperature: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """Above 0, a worker is drawn with odds that fall with its cost (softmax over the range of costs)."""
+    reservation_ttl_s: Positive = 10.0
+    """A reservation that is not committed for this long lapses."""
+    lease_ttl_s: Positive = 600.0
+    """A committed request without a sign of life for this long no longer counts as load."""
+    session_affinity: Literal["off", "prefer", "stick"] = "prefer"
+    """`prefer`: a session returns to its worker unless another one would answer much sooner; `stick`: always, if it is
+    there."""
+    session_ttl_s: Positive = 600.0
+    """A session silent for this long is forgotten."""
+    max_sessions: Annotated[int, Field(ge=1)] = 65536
+    """Sessions remembered; the one that was silent for longest goes first."""
+    preferred_tag_discount: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """By which share each matching preferred tag makes a worker cheaper."""
+    explained_candidates: Annotated[int, Field(ge=0)] = 65536
+    """Candidates kept over all explained decisions; the oldest decisions go first."""

@@ -1,0 +1,173 @@
+"""The publishing thread of one worker: takes the engine's events, serves PUB and ROUTER."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import select
+import socket
+import threading
+from collections.abc import Iterator
+
+import zmq
+
+from kelp.core.clock import Clock
+from kelp.core.config import EventsConfig
+from kelp.core.errors import ConfigError
+from kelp.core.kv_events import KVEvent
+from kelp.kv.events.answers import AnswerDesk
+from kelp.kv.events.stream import EventStream, StreamMessage
+
+_BUSY_POLL_S = 0.005
+_QUIET_FLUSHES = 20
+"""Waking a thread is a system call of the engine's: while events keep coming this one looks by itself."""
+_PUB_HWM = 100_000
+_log = logging.getLogger(__name__)
+
+
+class EventPublisher:
+    """Binds at once, publishes from `start` on.
+
+    Raises:
+        ConfigError: A port is taken, or `events.host` is no address of this machine.
+    """
+
+    def __init__(self, epoch: str, block_size: int, config: EventsConfig, clock: Clock) -> None:
+        self._config = config
+        self._clock = clock
+        self._stream = EventStream(epoch, block_size, config, clock)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        try:
+            self._pub = self._bind(zmq.PUB, "events.port", config.port)
+            self._router = self._bind(zmq.ROUTER, "events.replay_port", config.replay_port)
+        except ConfigError:
+            self._context.destroy(linger=0)
+            raise
+        self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._desk = AnswerDesk(self._router, self._stream.replay, self._snapshot, clock, config.request_timeout_s)
+        self._waker, self._wakee = socket.socketpair()
+        self._waker.setblocking(False)
+        self._wakee.setblocking(False)
+        self._is_awake = False
+        self._is_closing = False
+        self._drops = random.Random(epoch)
+        self._thread = threading.Thread(target=self._run, name="kelp-kv-events", daemon=True)
+
+    @property
+    def endpoint(self) -> str:
+        """`host:port` of the events."""
+        return self._endpoint(self._pub)
+
+    @property
+    def replay_endpoint(self) -> str:
+        """`host:port` where missed events and snapshots are asked for."""
+        return self._endpoint(self._router)
+
+    def start(self) -> None:
+        """Publish from a thread of its own until `close`."""
+        self._thread.start()
+
+    def sink(self, event: KVEvent) -> None:
+        """For `Executor.watch_kv`: one thread's; returns at once."""
+        self._stream.put(event)
+        if not self._is_awake:
+            self._is_awake = True
+            self._wake()
+
+    def close(self) -> None:
+        """Publish what is queued, stop the thread and close the sockets; idempotent. The sink must be silent."""
+        if self._context.closed:
+            return
+        self._is_closing = True
+        self._wake()
+        if self._thread.ident is not None:
+            self._thread.join()
+        self._context.destroy(linger=0)
+        self._waker.close()
+        self._wakee.close()
+
+    def _bind(self, kind: int, field: str, port: int) -> zmq.Socket[bytes]:
+        bound = self._context.socket(kind)
+        bound.setsockopt(zmq.LINGER, 0)
+        bound.setsockopt(zmq.SNDHWM, _PUB_HWM if kind == zmq.PUB else 64)
+        bound.setsockopt(zmq.MAXMSGSIZE, self._config.max_message_bytes if kind == zmq.PUB else 1024)
+        bound.setsockopt(zmq.IPV6, int(":" in self._config.host))
+        try:
+            bound.bind(f"tcp://{_bracketed(self._config.host)}:{port or '*'}")
+        except zmq.ZMQError as error:
+            raise ConfigError(f"{field}: {self._config.host}:{port} cannot be bound: {error.strerror}") from None
+        return bound
+
+    def _endpoint(self, bound: zmq.Socket[bytes]) -> str:
+        last = bound.getsockopt(zmq.LAST_ENDPOINT)
+        assert isinstance(last, bytes)
+        port = last.rstrip(b"\0").decode().rpartition(":")[2]
+        return f"{_bracketed(self._config.host)}:{port}"
+
+    def _wake(self) -> None:
+        try:
+            self._waker.send(b"\0")
+        except BlockingIOError:
+            return
+
+    def _run(self) -> None:
+        try:
+            self._serve()
+        except Exception:
+            _log.exception("the KV event thread has failed; routers fall back to guesses")
+
+    def _serve(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._wakee.fileno(), select.POLLIN)
+        poller.register(self._router, zmq.POLLIN)
+        flush_s = digest_s = now_s = self._clock.monotonic_s()
+        num_quiet_flushes = 0
+        self._is_awake = True
+        while not self._is_closing:
+            busy_s = math.inf if self._desk.is_idle else now_s + _BUSY_POLL_S
+            poller.poll(max(0, math.ceil((min(flush_s, digest_s, busy_s) - now_s) * 1e3)))
+            now_s = self._clock.monotonic_s()
+            if self._take_wakes():
+                num_quiet_flushes, flush_s = 0, min(flush_s, now_s + self._config.flush_interval_s)
+            if now_s >= flush_s:
+                num_quiet_flushes = 0 if self._flush() else num_quiet_flushes + 1
+                flush_s = now_s + self._config.flush_interval_s
+            if num_quiet_flushes > _QUIET_FLUSHES and flush_s < math.inf:
+                # The flush after it takes what came before the engine's thread saw that it must wake this one.
+                self._is_awake = False
+                self._flush()
+                flush_s = math.inf
+            if now_s >= digest_s:
+                digest_s = now_s + self._config.digest_interval_s
+                self._pub.send_multipart(self._stream.digest().frames())
+            self._desk.receive()
+            self._desk.send()
+        self._flush()
+
+    def _flush(self) -> bool:
+        """Send what has changed; whether there was anything."""
+        messages = self._stream.flush()
+        self._send(messages)
+        return bool(messages)
+
+    def _take_wakes(self) -> bool:
+        try:
+            return bool(self._wakee.recv(64))
+        except BlockingIOError:
+            return False
+
+    def _send(self, messages: list[StreamMessage]) -> None:
+        for message in messages:
+            if self._config.drop_share and self._drops.random() < self._config.drop_share:
+                continue
+            self._pub.send_multipart(message.frames())
+
+    def _snapshot(self) -> Iterator[StreamMessage]:
+        changes, parts = self._stream.snapshot()
+        self._send(changes)
+        return parts
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host

@@ -1,0 +1,98 @@
+"""A directory with one JSON file per record, which lives as long as somebody renews it.
+
+A rename makes each renewal atomic. Knows nothing of what the records say, but for their heartbeat; wall-clock time is
+compared within one host only.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Generic, TypeVar
+from urllib.parse import quote
+
+from pydantic import TypeAdapter
+
+from kelp.core.clock import Clock
+from kelp.core.errors import ProtocolError
+from kelp.core.wire import decode_message, encode_message
+from kelp.registry.base import StampedRecord
+
+_log = logging.getLogger(__name__)
+RecordT = TypeVar("RecordT", bound=StampedRecord)
+
+
+class RecordFolder(Generic[RecordT]):
+    """Records of one kind.
+
+    Args:
+        suffix: Ends the files' names; different kinds share a folder by it.
+        expiry_s: A record renewed longer ago is dead.
+    """
+
+    def __init__(self, folder: Path, suffix: str, adapter: TypeAdapter[RecordT], expiry_s: float, clock: Clock) -> None:
+        self._folder = folder
+        self._suffix = suffix
+        self._adapter = adapter
+        self._expiry_ns = int(expiry_s * 1e9)
+        self._clock = clock
+
+    def write(self, name: str, record: RecordT) -> None:
+        """Create or renew a record; stamps the heartbeat.
+
+        Raises:
+            OSError: The folder cannot be written.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        stamped = record.model_copy(update={"heartbeat_ns": self._clock.wall_ns()})
+        handle, temporary = tempfile.mkstemp(dir=self._folder, prefix=".new-")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(encode_message(stamped))
+            os.replace(temporary, self._path_of(name))
+        except OSError:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    def read(self, name: str) -> RecordT | None:
+        """One record, dead or alive."""
+        return self._read(self._path_of(name))
+
+    def remove(self, name: str) -> None:
+        """Remove a record; idempotent."""
+        self._path_of(name).unlink(missing_ok=True)
+
+    def live(self) -> list[RecordT]:
+        """All live records in the order of their names; a missing folder has none."""
+        oldest_ns = self._clock.wall_ns() - self._expiry_ns
+        records = [self._read(path) for path in self._paths()]
+        return [record for record in records if record and record.heartbeat_ns >= oldest_ns]
+
+    def sweep(self) -> int:
+        """Remove the dead records and return how many there were."""
+        oldest_ns = self._clock.wall_ns() - self._expiry_ns
+        dead = [
+            path for path in self._paths() if (record := self._read(path)) is None or record.heartbeat_ns < oldest_ns
+        ]
+        for path in dead:
+            path.unlink(missing_ok=True)
+        return len(dead)
+
+    def _paths(self) -> list[Path]:
+        if not self._folder.exists():
+            return []
+        return sorted(path for path in self._folder.iterdir() if path.name.endswith(self._suffix))
+
+    def _path_of(self, name: str) -> Path:
+        return self._folder / (quote(name, safe="") + self._suffix)
+
+    def _read(self, path: Path) -> RecordT | None:
+        try:
+            return decode_message(self._adapter, path.read_bytes(), f"registry record {path.name}")
+        except FileNotFoundError:
+            return None
+        except ProtocolError as error:
+            _log.warning("ignored: %s", error)
+            return None

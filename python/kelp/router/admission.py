@@ -1,0 +1,167 @@
+"""Lets requests through to workers, or lets them wait: `queue` in asyncio, woken by whatever may have made room.
+
+Whoever waits holds no worker and has cost none anything. A request that leaves (cancelled, displaced, hopeless) is
+gone at once; one that is let through has been reserved in the same moment, so that no two get the same place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from dataclasses import dataclass
+
+from kelp.core.clock import Clock
+from kelp.core.config_replicas import QueueConfig
+from kelp.core.errors import CapacityError
+from kelp.core.metrics import QUEUE_WAIT, Metrics
+from kelp.core.types import WorkerKey
+from kelp.router.capacity import Capacity, Fullness
+from kelp.router.ledger import Ledger
+from kelp.router.queue import Waiting, WaitingQueue
+from kelp.router.request import RoutingRequest
+from kelp.router.selector import Decision, Ended, Selector
+
+_POLL_S = 0.25
+"""Predicted prefill windows also pass with time alone, and deadlines do."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Wanted:
+    """What a waiting request asks for, and where it hears of it."""
+
+    request: RoutingRequest
+    avoid: frozenset[WorkerKey]
+    allow_prefill: bool
+    answer: asyncio.Future[Decision]
+
+
+class Admission:
+    """Belongs to one event loop."""
+
+    def __init__(
+        self,
+        selector: Selector,
+        ledger: Ledger,
+        capacity: Capacity,
+        config: QueueConfig,
+        clock: Clock,
+        metrics: Metrics,
+    ) -> None:
+        self._selector = selector
+        self._ledger = ledger
+        self._capacity = capacity
+        self._clock = clock
+        self._metrics = metrics
+        self._queue = WaitingQueue(config.max_waiting, config.ageing_s)
+        self._wanted: dict[str, _Wanted] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        ledger.on_room = self.wake
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self._queue)
+
+    async def admit(self, expected: Decision, avoid: frozenset[WorkerKey], allow_prefill: bool) -> Decision:
+        """A decision that has been reserved, as soon as there is room for one.
+
+        Args:
+            expected: What the selector said just now; holds if its workers have room.
+            avoid: See `Selector.select`.
+            allow_prefill: See there.
+
+        Raises:
+            CapacityError: The queue is full, the deadline cannot be met, or the last worker that could take it left.
+        """
+        wanted = _Wanted(expected.request, avoid, allow_prefill, asyncio.get_running_loop().create_future())
+        self.wake()
+        full = self._capacity.full()
+        decision = expected if not _touches(expected, full) else self._elsewhere(wanted, full)
+        if decision is None:
+            return await self._wait(wanted, self._latest_start_s(expected))
+        self._ledger.reserve(decision)
+        return decision
+
+    def wake(self) -> None:
+        """Offer what room there is to those who wait."""
+        while len(self._queue) and self._let_one_through():
+            pass
+
+    async def _wait(self, wanted: _Wanted, latest_start_s: float) -> Decision:
+        name, since_s = wanted.request.request_id, self._clock.monotonic_s()
+        displaced = self._queue.push(Waiting(name, wanted.request.priority, latest_start_s, since_s))
+        if displaced is not None:
+            self._refuse(displaced, "a request of higher priority took its place in the queue")
+        self._wanted[name] = wanted
+        self._watch()
+        try:
+            return await wanted.answer
+        except asyncio.CancelledError:
+            if not wanted.answer.cancelled() and wanted.answer.exception() is None:
+                self._ledger.free(wanted.answer.result(), Ended(False))
+            raise
+        finally:
+            self._queue.remove(name)
+            del self._wanted[name]
+            self._metrics.observe(QUEUE_WAIT, self._clock.monotonic_s() - since_s)
+
+    def _latest_start_s(self, expected: Decision) -> float:
+        """Before anything was measured, predictions are no reason to give up."""
+        deadline_s = math.inf if expected.request.deadline_s is None else expected.request.deadline_s
+        if expected.way is None or not self._selector.rates.is_measured:
+            return deadline_s
+        return deadline_s - expected.way.ttft_s
+
+    def _let_one_through(self) -> bool:
+        now_s, full = self._clock.monotonic_s(), self._capacity.full()
+        if full.is_everywhere:
+            return False
+        for waiting in self._queue.in_turn(now_s):
+            wanted = self._wanted[waiting.request_id]
+            decision = self._try(wanted, full)
+            if decision is not None:
+                self._queue.take(waiting.request_id, now_s)
+                self._ledger.reserve(decision)
+                wanted.answer.set_result(decision)
+                return True
+        return False
+
+    def _try(self, wanted: _Wanted, full: Fullness) -> Decision | None:
+        if wanted.answer.done():
+            return None
+        try:
+            return self._elsewhere(wanted, full)
+        except CapacityError as error:
+            wanted.answer.set_exception(error)
+            return None
+
+    def _elsewhere(self, wanted: _Wanted, full: Fullness) -> Decision | None:
+        """The best decision without a full worker; None if there is none."""
+        if not self._capacity.has_room(wanted.request, full):
+            return None
+        decision = self._selector.select(wanted.request, wanted.avoid | full.workers, wanted.allow_prefill)
+        return None if _touches(decision, full) else decision
+
+    def _watch(self) -> None:
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(_POLL_S, self._look)
+
+    def _look(self) -> None:
+        self._timer = None
+        for waiting in self._queue.hopeless(self._clock.monotonic_s()):
+            self._queue.remove(waiting.request_id)
+            self._refuse(waiting, "deadline_ms: it can no longer be met, every worker is still full")
+        self.wake()
+        if len(self._queue):
+            self._watch()
+
+    def _refuse(self, waiting: Waiting, why: str) -> None:
+        answer = self._wanted[waiting.request_id].answer
+        if not answer.done():
+            answer.set_exception(CapacityError(f"{why}; {self._queue.retry_after()}"))
+
+
+def _touches(decision: Decision, full: Fullness) -> bool:
+    return decision.decode.key in full.workers or (
+        decision.prefill is not None and decision.prefill.key in full.workers
+    )

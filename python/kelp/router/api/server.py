@@ -1,0 +1,91 @@
+"""The process of `kelp router`: both transports over one set of operations, until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from kelp.core.errors import ConfigError
+from kelp.router.api.auth import Authenticator
+from kelp.router.api.http import HttpApi
+from kelp.router.api.operations import Operations
+from kelp.router.api.rpc import GrpcApi
+
+
+class Background(Protocol):
+    """What keeps the decision informed: the registry's view, the event feed."""
+
+    async def start(self) -> None:
+        """Begin."""
+
+    async def stop(self) -> None:
+        """End, and let go of sockets."""
+
+
+@dataclass(frozen=True, slots=True)
+class ListenOptions:
+    """Where to listen; port 0 takes a free one.
+
+    Attributes:
+        token: Bearer token that every caller must show; None lets everybody in.
+    """
+
+    host: str
+    http_port: int
+    grpc_port: int
+    token: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """Where it listens."""
+
+    http: int
+    grpc: int
+
+
+class RouterServer:
+    """Serves the operations; everything belongs to one event loop."""
+
+    def __init__(self, operations: Operations, background: Background, metrics_text: Callable[[], bytes]) -> None:
+        self._operations = operations
+        self._background = background
+        self._metrics_text = metrics_text
+
+    async def run(self, options: ListenOptions, on_ready: Callable[[Ports], None], stopping: asyncio.Event) -> None:
+        """Serve until `stopping` is set.
+
+        Raises:
+            ConfigError: An address cannot be bound; names the option.
+        """
+        auth = Authenticator(options.token)
+        http = HttpApi(self._operations, auth, self._metrics_text)
+        rpc = GrpcApi(self._operations, auth)
+        await self._background.start()
+        try:
+            ports = await _listen(http, rpc, options)
+            on_ready(ports)
+            await stopping.wait()
+        finally:
+            await http.stop()
+            await rpc.stop()
+            await self._background.stop()
+
+
+def stop_on_signals(stopping: asyncio.Event) -> None:
+    """SIGINT and SIGTERM end the running loop's server in good order."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stopping.set)
+
+
+async def _listen(http: HttpApi, rpc: GrpcApi, options: ListenOptions) -> Ports:
+    try:
+        http_port = await http.start(options.host, options.http_port)
+    except OSError as error:
+        text = f"--http-port {options.http_port}: cannot listen on {options.host}: {error.strerror or error}"
+        raise ConfigError(text) from None
+    return Ports(http_port, await rpc.start(options.host, options.grpc_port))

@@ -1,0 +1,176 @@
+"""What serving a request would cost at each candidate: the one record that all policies choose by."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from kelp.router.fleet import Candidates, Fleet
+from kelp.router.index.base import Matches
+from kelp.router.lengths import AnswerLengths
+from kelp.router.load import Load
+from kelp.router.request import RoutingRequest
+from kelp.timing.rates import Rates
+
+Column = npt.NDArray[np.float64]
+
+
+@dataclass(slots=True)
+class Costs:
+    """Arrays over candidates; `[n] float64` unless said otherwise.
+
+    Attributes:
+        slots: `[n] intp`.
+        request: What is to be placed.
+        num_output: Tokens that it is expected to generate.
+        usual_output: Tokens that any other request is.
+        is_measured: Whether the seconds rest on measurements.
+        computes_prompt: False for decode workers that get the prompt's KV from a prefill worker.
+        active: Requests there, the ones that only heartbeats tell of included.
+        pending_tokens: Prompt tokens still to be computed there.
+        kv_tokens: KV of active requests.
+        num_decoding: Sequences that generate.
+        block_size: Tokens per block.
+        num_blocks: KV pool.
+        placed_tokens: Prompt tokens computed there of late: how much of its cache is recent.
+        overlap: Leading prompt blocks that lie there in any tier.
+        overlap_tiers: `[n, num_tiers] int32`, cumulative; None where nothing lies below the device tier.
+        uncached: Prompt tokens to be computed there.
+        steps: Engine steps that those take.
+        compute_s: The worker's time that they take, without the sequences that decode in the same steps.
+        queue_s: Until its first step.
+        prefill_s: From then to its first token, onboarding excluded.
+        onboard_s: From lower tiers.
+        transfer_s: KV from the prefill worker.
+        ttft_s: Until its first token: the sum of these.
+        itl_s: Between its tokens.
+        factor: Below 1 for workers that preferred tags or the session favour.
+    """
+
+    slots: npt.NDArray[np.intp]
+    request: RoutingRequest
+    num_output: float
+    usual_output: float
+    is_measured: bool
+    computes_prompt: bool
+    active: Column
+    pending_tokens: Column
+    kv_tokens: Column
+    num_decoding: Column
+    block_size: Column
+    num_blocks: Column
+    placed_tokens: Column
+    overlap: Column
+    overlap_tiers: npt.NDArray[np.int32] | None
+    uncached: Column
+    steps: Column
+    compute_s: Column
+    queue_s: Column
+    prefill_s: Column
+    onboard_s: Column
+    transfer_s: Column
+    ttft_s: Column
+    itl_s: Column
+    factor: Column | float = 1.0
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+
+class CostModel:
+    """Fills the record from fleet, load, rates and the index's answer."""
+
+    def __init__(self, fleet: Fleet, load: Load, rates: Rates, lengths: AnswerLengths) -> None:
+        self._fleet = fleet
+        self._load = load
+        self._lengths = lengths
+        self.rates = rates
+
+    def estimate(self, request: RoutingRequest, candidates: Candidates, matches: Matches, now_s: float) -> Costs:
+        """The prompt is computed and its output generated at one worker."""
+        fleet, load, rates, at = self._fleet, self._load, self.rates, candidates.at
+        overlap, tiers, onboard_s = self._overlaps(candidates, matches)
+        block_size = fleet.block_size[at]
+        num_prompt = float(request.num_prompt_tokens)
+        cached = np.minimum(overlap * block_size, max(num_prompt - 1.0, 0.0))
+        uncached = num_prompt - cached
+        slowness = rates.slowness[at]
+        num_decoding = load.num_decoding[at].copy()
+        decode_s = slowness * (num_decoding * rates.sequence_s + load.context_tokens[at] * rates.context_s)
+        steps = np.maximum(uncached / fleet.step_tokens[at], 1.0)
+        per_token_s = rates.token_s + (0.5 * rates.pair_s) * (cached + num_prompt)
+        compute_s = slowness * (steps * rates.step_s + uncached * per_token_s)
+        elapsed_s = np.minimum(now_s - load.head_since_s[at], load.head_s[at])
+        queue_s = load.pending_s[at] - elapsed_s + load.pending_steps[at] * decode_s
+        prefill_s = compute_s + steps * decode_s
+        return Costs(
+            slots=candidates.slots,
+            request=request,
+            num_output=self._lengths.expected(request.max_tokens),
+            usual_output=self._lengths.usual,
+            is_measured=rates.is_measured,
+            computes_prompt=True,
+            active=load.active[at] + load.foreign[at],
+            pending_tokens=load.pending_tokens[at].copy(),
+            kv_tokens=load.kv_tokens[at].copy(),
+            num_decoding=num_decoding,
+            block_size=block_size,
+            num_blocks=fleet.num_blocks[at],
+            placed_tokens=load.placed_tokens[at].copy(),
+            overlap=overlap,
+            overlap_tiers=tiers,
+            uncached=uncached,
+            steps=steps,
+            compute_s=compute_s,
+            queue_s=queue_s,
+            prefill_s=prefill_s,
+            onboard_s=onboard_s,
+            transfer_s=np.zeros(len(candidates.slots)),
+            ttft_s=queue_s + prefill_s + onboard_s,
+            itl_s=slowness * (rates.step_s + rates.sequence_s + num_prompt * rates.context_s) + decode_s,
+        )
+
+    def _overlaps(
+        self, candidates: Candidates, matches: Matches
+    ) -> tuple[Column, npt.NDArray[np.int32] | None, Column]:
+        if not len(matches.slots):
+            nothing = np.zeros(len(candidates.slots))
+            return nothing, None, nothing
+        num_slots = len(self._fleet.block_size)
+        overlap = np.zeros(num_slots)
+        overlap[matches.slots] = matches.blocks[:, -1]
+        overlap = overlap[candidates.at]
+        if not (matches.blocks[:, 0] != matches.blocks[:, -1]).any():
+            return overlap, None, np.zeros(len(overlap))
+        tiers = np.zeros((num_slots, matches.blocks.shape[1]), np.int32)
+        tiers[matches.slots] = matches.blocks
+        tiers = tiers[candidates.at]
+        return overlap, tiers, self.rates.onboard_s(tiers)
+
+
+def as_decoder(costs: Costs, rates: Rates) -> Costs:
+    """The same candidates if another worker computes the prompt: they fetch the blocks that they lack."""
+    nothing = np.zeros(len(costs))
+    num_blocks = np.ceil(costs.request.num_prompt_tokens / costs.block_size)
+    transfer_s = rates.handoff_s(np.maximum(num_blocks - costs.overlap, 0.0))
+    return replace(
+        costs,
+        computes_prompt=False,
+        uncached=nothing,
+        steps=nothing,
+        compute_s=nothing,
+        queue_s=nothing,
+        prefill_s=nothing,
+        onboard_s=nothing,
+        transfer_s=transfer_s,
+        ttft_s=transfer_s,
+    )
+
+
+def missing_blocks(costs: Costs, row: int) -> float:
+    """Blocks of the prompt's KV that the candidate in this row lacks."""
+    num_blocks = math.ceil(costs.request.num_prompt_tokens / float(costs.block_size[row]))
+    return max(num_blocks - float(costs.overlap[row]), 0.0)

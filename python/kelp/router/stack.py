@@ -1,0 +1,112 @@
+"""The decision with everything that keeps it informed: workers, index, events, other routers, queue.
+
+Puts the parts of this package together for a router that serves requests; knows neither clients nor worker streams.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from kelp.core.clock import Clock
+from kelp.core.config import KelpConfig
+from kelp.core.metrics import (
+    APPROXIMATE_WORKERS,
+    INDEX_BYTES,
+    KNOWN_ROUTERS,
+    QUEUE_LENGTH,
+    STALE_ROUTERS,
+    Metrics,
+)
+from kelp.core.wire import encode_message
+from kelp.registry.base import RouterRegistry
+from kelp.registry.view import RegistryView
+from kelp.router.admission import Admission
+from kelp.router.capacity import Capacity
+from kelp.router.index.kv_index import KVIndex
+from kelp.router.ledger import Ledger
+from kelp.router.peer_load import PeerLoad
+from kelp.router.placement import Placer
+from kelp.router.replica_link import LinkParts, ReplicaLink
+from kelp.router.replicas import OwnLoads, PeerLoads
+from kelp.router.selector import Selector, SelectorMode
+from kelp.router.subscriber import EventFeed
+from kelp.router.workers import WorkerTable
+
+_REPORT_S = 1.0
+
+
+class RoutingStack:
+    """Made and used on one event loop.
+
+    Args:
+        router_id: This router's name among those of the same workers; labels its gauges as well.
+        view: Read and kept fresh here.
+        registry: Where routers find each other.
+
+    Attributes:
+        placer: Finds places for requests.
+        selector, table, index, ledger: Its parts, for a router that leaves placing to its callers.
+    """
+
+    def __init__(
+        self,
+        config: KelpConfig,
+        router_id: str,
+        view: RegistryView,
+        registry: RouterRegistry,
+        clock: Clock,
+        metrics: Metrics,
+    ) -> None:
+        self._view = view
+        self._clock = clock
+        self._metrics = metrics
+        self._router_id = router_id
+        table = self.table = WorkerTable()
+        self.index = KVIndex(clock)
+        mode = SelectorMode(config.router.policy, config.router.disaggregation)
+        self.selector = Selector(table, self.index, config.routing, clock, clock.wall_ns() % 2**32, mode)
+        self._feed = EventFeed(table, self.index, config.events, metrics, clock)
+        own = OwnLoads(router_id, clock.wall_ns())
+        replicas = config.replicas
+        peer_load = PeerLoad(table, self.selector.load, self.selector.rates, clock)
+        self._peers = PeerLoads(peer_load, replicas.lease_s, replicas.stale_s)
+        self._link = ReplicaLink(LinkParts(own, self._peers, registry, clock, self._explain_here), replicas)
+        ledger = self.ledger = Ledger(self.selector, own, config.router.policy, metrics)
+        ledger.on_news = self._link.notify
+        capacity = Capacity(table, self.selector.fleet, self.selector.load, config.queue)
+        self._admission = Admission(self.selector, ledger, capacity, config.queue, clock, metrics)
+        self.placer = Placer(view, self.selector, self._admission, ledger, clock)
+        self.selector.is_stale = lambda: self._peers.num_stale(clock.monotonic_s()) > 0
+        view.on_read = self.placer.update
+
+    async def start(self) -> None:
+        """Read the registry and keep reading it; follow the workers' events and the other routers."""
+        await self._view.refresh()
+        await self._feed.start()
+        await self._link.start()
+        self._tasks = [asyncio.ensure_future(loop) for loop in (self._view.run(), self._report())]
+
+    async def stop(self) -> None:
+        """Leave the others and stop following."""
+        for task in self._tasks:
+            task.cancel()
+        await self._link.stop()
+        await self._feed.stop()
+
+    async def explain(self, request_id: str) -> bytes | None:
+        """A decision as JSON, this router's or another one's; None if nobody knows it."""
+        return self._explain_here(request_id) or await self._link.ask_all(request_id)
+
+    def _explain_here(self, request_id: str) -> bytes | None:
+        explanation = self.selector.explain(request_id)
+        return None if explanation is None else encode_message(explanation)
+
+    async def _report(self) -> None:
+        metrics, name = self._metrics, self._router_id
+        while True:
+            metrics.set(INDEX_BYTES, self.index.num_bytes, router=name)
+            metrics.set(APPROXIMATE_WORKERS, self.index.num_approximate, router=name)
+            metrics.set(STALE_ROUTERS, self._peers.num_stale(self._clock.monotonic_s()), router=name)
+            metrics.set(KNOWN_ROUTERS, self._peers.num_peers, router=name)
+            metrics.set(QUEUE_LENGTH, self._admission.num_waiting, router=name)
+            await asyncio.sleep(_REPORT_S)

@@ -1,0 +1,204 @@
+"""Keeps the index true to what workers say they hold.
+
+One `EventFeed` per router. It subscribes to every live worker of the table, applies events on the router's own loop in
+short slices, so that requests never wait for a burst of events or a snapshot, and says per worker how far the index may
+be trusted. What to ask for and when is decided in `router.subscription`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import random
+from collections import Counter
+from collections.abc import Mapping
+from functools import partial
+
+import zmq
+
+from kelp.core.clock import Clock
+from kelp.core.config import EventsConfig
+from kelp.core.hashing import seed_hash
+from kelp.core.metrics import KV_EVENT_WORKERS, Metrics
+from kelp.core.model_identity import lora_id
+from kelp.core.types import SequenceHash
+from kelp.registry.base import WorkerRecord
+from kelp.router.index.base import OverlapIndex
+from kelp.router.subscription_link import WorkerLink
+from kelp.router.subscription_values import SubscriptionState
+from kelp.router.workers import WorkerTable
+
+_SLICE_S = 0.002
+_TICK_S = 0.25
+_TICKS_PER_REPORT = 4
+_MAX_SOCKETS = 65_536
+_log = logging.getLogger(__name__)
+
+
+class EventFeed:
+    """KV events of all workers of a table, into an index. Everything belongs to one event loop.
+
+    Usage: `await start()` before or after the table's first `update`, ask `state(slot)` when deciding, `await stop()`.
+    It clears the slot in the index when a worker joins and when it leaves.
+
+    Args:
+        table: Whose workers to follow.
+        index: Where events go.
+        config: Limits and waits; with `enabled` false nobody is asked and every worker is approximate.
+        metrics: Gets `kelp_kv_event_*`.
+        clock: For silence, deadlines and back-off.
+        adapters: Content digest of each LoRA adapter by its name, to name the blocks of foreign engines.
+    """
+
+    def __init__(
+        self,
+        table: WorkerTable,
+        index: OverlapIndex,
+        config: EventsConfig,
+        metrics: Metrics,
+        clock: Clock,
+        adapters: Mapping[str, str] | None = None,
+    ) -> None:
+        self._table = table
+        self._index = index
+        self._config = config
+        self._metrics = metrics
+        self._clock = clock
+        self._adapters = dict(adapters or {})
+        self._links: dict[int, WorkerLink] = {}
+        self._ready: dict[int, None] = {}
+        self._is_running = False
+        self._ticking: asyncio.Task[None] | None = None
+        table.watch(self._on_joined, self._on_left)
+
+    async def start(self) -> None:
+        """Subscribe to the table's workers, those of now and of later."""
+        self._loop = asyncio.get_running_loop()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context.set(zmq.MAX_SOCKETS, _MAX_SOCKETS)
+        self._is_running = True
+        for slot in self._table.slots():
+            self._on_joined(slot)
+        self._ticking = asyncio.ensure_future(self._tick())
+
+    async def stop(self) -> None:
+        """Disconnect from all; the index stays as it is. Idempotent."""
+        if not self._is_running:
+            return
+        self._is_running = False
+        assert self._ticking is not None
+        self._ticking.cancel()
+        await asyncio.wait({self._ticking})
+        for link in self._links.values():
+            link.close()
+        self._links.clear()
+        self._ready.clear()
+        self._context.destroy(linger=0)
+
+    def state(self, slot: int) -> SubscriptionState:
+        """How far the index may be trusted about a live worker."""
+        link = self._links.get(slot)
+        return SubscriptionState.APPROXIMATE if link is None else link.state
+
+    def num_workers(self) -> dict[SubscriptionState, int]:
+        """Live workers by state."""
+        states = Counter(self.state(slot) for slot in self._table.slots())
+        return {state: states[state] for state in SubscriptionState}
+
+    def _on_joined(self, slot: int) -> None:
+        if not self._is_running:
+            return
+        self._index.clear(slot)
+        record = self._table.record(slot)
+        if self._config.enabled and record.events_endpoint:
+            self._follow(slot, record)
+
+    def _follow(self, slot: int, record: WorkerRecord) -> None:
+        jitter = partial(random.uniform, 0.5, 1.0)
+        link = WorkerLink(slot, record, self._config, self._clock, self._seeds(record), jitter)
+        self._links[slot] = link
+        link.open(self._context, partial(self._wake, slot))
+        self._wake(slot)
+
+    def _on_left(self, slot: int) -> None:
+        self._unfollow(slot)
+        self._index.clear(slot)
+
+    def _unfollow(self, slot: int) -> None:
+        self._ready.pop(slot, None)
+        link = self._links.pop(slot, None)
+        if link is not None:
+            self._report(link)
+            link.close()
+
+    def _seeds(self, record: WorkerRecord) -> partial[SequenceHash | None]:
+        return partial(_seed, record.layout.model_id, self._adapters)
+
+    def _wake(self, slot: int) -> None:
+        """Something came for this slot, or may have come."""
+        if slot in self._links:
+            if not self._ready:
+                self._loop.call_soon(self._pump)
+            self._ready[slot] = None
+
+    def _pump(self) -> None:
+        """One slice of work for the loop, shared among those who have some."""
+        end_s = self._clock.monotonic_s() + _SLICE_S
+        for slot in list(self._ready):
+            del self._ready[slot]
+            if self._has_more(slot, end_s):
+                self._ready[slot] = None
+            if self._clock.monotonic_s() >= end_s:
+                break
+        if self._ready:
+            self._loop.call_soon(self._pump)
+
+    def _has_more(self, slot: int, end_s: float) -> bool:
+        try:
+            return self._links[slot].turn(self._index, end_s)
+        except Exception:
+            _log.exception("events of %s not applied, starting over", self._table.record(slot).worker_id)
+            self._unfollow(slot)
+            self._index.clear(slot)
+            return False
+
+    async def _tick(self) -> None:
+        for tick in itertools.count():
+            for slot in self._table.slots():
+                self._look_after(slot)
+            if tick % _TICKS_PER_REPORT == 0:
+                self._report_all()
+            await asyncio.sleep(_TICK_S)
+
+    def _look_after(self, slot: int) -> None:
+        record = self._table.record(slot)
+        endpoints = (record.events_endpoint, record.replay_endpoint)
+        link = self._links.get(slot)
+        if link is not None and link.endpoints != endpoints:
+            self._unfollow(slot)
+            self._index.clear(slot)
+            link = None
+        if link is not None:
+            if link.tick():
+                self._wake(slot)
+        elif self._config.enabled and record.events_endpoint:
+            self._follow(slot, record)
+
+    def _report_all(self) -> None:
+        for link in self._links.values():
+            self._report(link)
+        for state, number in self.num_workers().items():
+            self._metrics.set(KV_EVENT_WORKERS, number, state=state.value)
+
+    def _report(self, link: WorkerLink) -> None:
+        totals = link.totals()
+        for (family, kind), increase in (totals - link.reported).items():
+            self._metrics.add(family, increase, kind=kind)
+        link.reported = totals
+
+
+def _seed(model_id: str, adapters: Mapping[str, str], lora_name: str, cache_salt: str) -> SequenceHash | None:
+    if lora_name and lora_name not in adapters:
+        return None
+    return seed_hash(model_id, lora_id(lora_name, adapters.get(lora_name, "")), cache_salt)
