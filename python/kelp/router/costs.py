@@ -69,6 +69,7 @@ class Costs:
     steps: Column
     compute_s: Column
     queue_s: Column
+    shared_s: Column
     prefill_s: Column
     onboard_s: Column
     transfer_s: Column
@@ -126,6 +127,7 @@ class CostModel:
             steps=steps,
             compute_s=compute_s,
             queue_s=queue_s,
+            shared_s=np.minimum(queue_s, load.num_pending[at] * prefill_s),
             prefill_s=prefill_s,
             onboard_s=onboard_s,
             transfer_s=np.zeros(len(candidates.slots)),
@@ -163,6 +165,7 @@ def as_decoder(costs: Costs, rates: Rates) -> Costs:
         steps=nothing,
         compute_s=nothing,
         queue_s=nothing,
+        shared_s=nothing,
         prefill_s=nothing,
         onboard_s=nothing,
         transfer_s=transfer_s,

@@ -18,7 +18,7 @@ from kelp.timing.rates import Work
 Counts = npt.NDArray[np.float64]
 
 _GONE = -1
-_NUM_COUNTS = 13
+_NUM_COUNTS = 14
 _SWEEPS_PER_LEASE = 8
 
 
@@ -54,7 +54,8 @@ class Load:
 
     Attributes:
         active: Requests, own and replicated.
-        pending_tokens: Prompt tokens still to be computed.
+        num_pending: Prompts still to be computed.
+        pending_tokens: Tokens of those.
         pending_steps: Steps that those take.
         pending_s: Seconds that those take, predicted one by one.
         head_s: The part of `pending_s` that the request at the head of the queue accounts for.
@@ -90,6 +91,7 @@ class Load:
         self.placed_tokens: Counts = counts[10]
         self._ended: Counts = counts[11]
         self._ended_before: Counts = counts[12]
+        self.num_pending: Counts = counts[13]
 
     def begin(self, slot: int) -> None:
         """A worker has this slot now."""
@@ -185,6 +187,7 @@ class Load:
             self.head_since_s[slot] = entry.now_s
         queue[entry.key] = entry
         entry.is_pending = True
+        self.num_pending[slot] += 1
         self.pending_tokens[slot] += work.tokens
         self.pending_steps[slot] += work.steps
         self.pending_s[slot] += entry.work_s
@@ -195,6 +198,7 @@ class Load:
         queue = self._queues[slot]
         del queue[entry.key]
         entry.is_pending = False
+        self.num_pending[slot] -= 1
         if not queue:
             self._counts[1:5, slot] = 0.0
             return

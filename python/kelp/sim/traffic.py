@@ -25,6 +25,9 @@ LOSS_NOTICED_S = 1.0
 """From a worker's death to the end of its requests' streams, and to the end of its record."""
 
 
+LEASE_S = 10.0
+"""How long a finished prefill waits for a decode worker without blocks; then that one computes the prompt itself."""
+
 _Keys = tuple[WorkerKey | None, WorkerKey]
 """Prefill and decode worker."""
 
@@ -61,7 +64,10 @@ class Traffic:
         """See `RequestSink`."""
         leg = _leg_of(sequence)
         leg.sequence, leg.is_ready = sequence, True
-        self._hand_over(leg.job)
+        if leg.job.prefill is None:
+            leg.member.worker.fail_import(sequence)
+        else:
+            self._hand_over(leg.job)
 
     def on_first_token(self, sequence: SimSequence) -> None:
         """See `RequestSink`."""
@@ -81,6 +87,7 @@ class Traffic:
         )
         if leg is job.prefill and job.decode is not None:
             job.told = told
+            self._agenda.at(now_s + LEASE_S, self._expire, leg)
             self._hand_over(job)
         else:
             self._agenda.at(now_s + self._delay_s, _tell_first_token, (job, told))
@@ -144,6 +151,13 @@ class Traffic:
         job.told = dataclasses.replace(job.told, transfer_s=seconds)
         prefill.is_handing_over = True
         self._agenda.at(now_s + seconds, self._handed_over, (prefill, decode))
+
+    def _expire(self, prefill: Leg) -> None:
+        """Two pools that wait for each other's blocks would wait for ever."""
+        job = prefill.job
+        if prefill is job.prefill and not prefill.is_handing_over and self._is_there(prefill):
+            self._release_export(prefill)
+            job.prefill = job.told = None
 
     def _handed_over(self, legs: tuple[Leg, Leg]) -> None:
         prefill, decode = legs

@@ -78,6 +78,11 @@ class SimWorker:
             self._end(sequence)
         self._disturb()
 
+    def fail_import(self, sequence: SimSequence) -> None:
+        """No KV will come: the prompt is computed here. For `on_reserved` only, as a plan follows it anyway."""
+        sequence.is_import = False
+        self._scheduler.requeue(sequence)
+
     def cancel_import(self, sequence: SimSequence) -> None:
         """Nothing will come for a sequence that waits for its KV, or for its blocks."""
         self._scheduler.remove(sequence)

@@ -167,3 +167,12 @@ def test_progress_is_told_and_the_garbage_collector_is_left_as_it_was():
 def test_an_impossible_fleet_is_refused_by_the_name_of_its_field(settings, names):
     with pytest.raises(ConfigError, match=names):
         FleetSpec(**settings)
+
+
+def test_pools_that_wait_for_each_others_blocks_get_on_when_a_lease_ends():
+    # Found by the property test: imports hold the decode pool, finished prefills that wait for it the prefill pool.
+    fleet = {"num_workers": 1, "num_prefill": 1, "num_decode": 1, "num_blocks": 50, "num_routers": 2}
+    result, routers = run(random_workload(2, 25, 0.005).requests, max_step_tokens=16, max_running=5, **fleet)
+    assert np.isfinite(result.table.end_s).all()
+    assert not any(router.live for router in routers)
+    assert (result.table.prefill_worker < 0).any()

@@ -36,6 +36,8 @@ class KelpPolicy:
     work_weight: float = 1.5
     itl_weight: float = 8.0
     own_share: float = 0.15
+    fifo: float = 1.0
+    pending_weight: float = 0.0
     temperature: float = 0.0
 
     def choose(self, costs: Costs, rng: Random) -> int:
@@ -48,6 +50,6 @@ class KelpPolicy:
         itl_of_others_s = costs.compute_s * costs.active / max(costs.usual_output - 1.0, 1.0)
         own_itl_s = costs.itl_s + costs.queue_s * (self.own_share / max(costs.num_output - 1.0, 1.0))
         cost: npt.NDArray[np.float64] = (
-            costs.ttft_s + self.work_weight * costs.compute_s + self.itl_weight * (itl_of_others_s + own_itl_s)
+            costs.ttft_s - (1.0 - self.fifo) * (costs.queue_s - costs.shared_s) + self.pending_weight * costs.shared_s + self.work_weight * costs.compute_s + self.itl_weight * (itl_of_others_s + own_itl_s)
         )
         return cost * costs.factor
