@@ -24,7 +24,13 @@ from perf.suite import BenchError
 
 HOST = "127.0.0.1"
 
-_SETTINGS = ("executor.engine=mock", "mock.speedup=0", "executor.num_blocks=16384", "executor.max_running=256")
+_SETTINGS = (
+    "executor.engine=mock",
+    "mock.speedup=0",
+    "mock.tokens_per_step=64",
+    "executor.num_blocks=16384",
+    "executor.max_running=256",
+)
 _START_TIMEOUT_S = 120.0
 _STOP_TIMEOUT_S = 45.0
 _POLL_S = 0.3

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine
+from collections import deque
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -22,12 +23,25 @@ class LoopThread:
     def __init__(self, name: str) -> None:
         self._loop = asyncio.new_event_loop()
         self._loop.set_default_executor(ThreadPoolExecutor(_BLOCKING_CALLS, thread_name_prefix=name))
+        self._arrived: deque[Coroutine[Any, Any, None]] = deque()
+        self._running: set[asyncio.Task[None]] = set()
         self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
         self._thread.start()
 
     def start(self, work: Coroutine[Any, Any, ResultT]) -> Future[ResultT]:
         """Run a coroutine; thread-safe."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def launch(self, works: Sequence[Coroutine[Any, Any, None]]) -> None:
+        """Run coroutines that nobody waits for, and that let no exception out; thread-safe, wakes the loop once."""
+        self._arrived.extend(works)
+        self._loop.call_soon_threadsafe(self._start_arrived)
+
+    def _start_arrived(self) -> None:
+        while self._arrived:
+            task = self._loop.create_task(self._arrived.popleft())
+            self._running.add(task)
+            task.add_done_callback(self._running.discard)
 
     def wait(self, work: Coroutine[Any, Any, ResultT], timeout_s: float | None = None) -> ResultT:
         """Run a coroutine and block for its result."""

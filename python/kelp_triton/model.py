@@ -51,8 +51,7 @@ class KelpModel:
 
     def execute(self, requests: list[Any]) -> None:
         """Hand every request to the loop."""
-        for request in requests:
-            self._loop.start(self._guarded(Exchange(request)))
+        self._loop.launch([self._guarded(Exchange(request)) for request in requests])
 
     def finalize(self) -> None:
         """Let go of everything."""

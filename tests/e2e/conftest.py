@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from support.serving import KelpServer
 
 SETTINGS: dict[str, object] = {"executor.max_step_tokens": MAX_STEP_TOKENS}
+HANDED_OVER: dict[str, object] = {**SETTINGS, "router.disaggregation": "always"}
+"""By default the router hands a prompt over only where it predicts that this pays."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -71,7 +73,7 @@ def compact_server(expected: dict[str, Expected]) -> Iterator[KelpServer]:
     """Prefill and decode in two processes of one tritonserver; fp32. Tests leave it as they found it."""
     from support.serving import KelpServer
 
-    with KelpServer(settings=SETTINGS).start() as server:
+    with KelpServer(settings=HANDED_OVER).start() as server:
         yield server
 
 
@@ -80,7 +82,7 @@ def isolated_server(expected: dict[str, Expected]) -> Iterator[KelpServer]:
     """Prefill and decode in two tritonservers, the router in a third; fp32. Tests leave it as they found it."""
     from support.serving import KelpServer
 
-    with KelpServer(isolate=True, settings=SETTINGS).start() as server:
+    with KelpServer(isolate=True, settings=HANDED_OVER).start() as server:
         yield server
 
 

@@ -1,86 +1,61 @@
-"""Many mock workers in one tritonserver: they start, answer as the mock's reference says on every path, and stop."""
+"""Mock workers that hand KV over, behind three routers: right tokens on every path, and what a dead router leaves."""
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from mock_rig import NUM_ROUTERS, Reference, explain, generate, model_of
 
-from kelp.executor.mock.language import Vocabulary
-from kelp.text.tokenizer import Tokenizer
-from support.llm_client import http_post, sse_events
-from support.serving import MODEL, KelpServer
+from kelp.registry.directory import RouterDirectory
+from support.llm_client import Answer, Call, ServedError, http_post, sse_events
+from support.serving import KelpServer
+from support.waiting import wait_until
 
-NUM_DECODE = 8
 MAX_TOKENS = 24
+LONG = 400
+MAX_TRIES = 12
 PROMPTS = [
     f"Ship {number} left the harbour with {number * 7} barrels of " + "salt and " * number for number in range(24)
 ]
-INSTANT = {"mock.speedup": 0}
-
-
-def start(mode: str, num_decode: int, **settings: object) -> KelpServer:
-    started_s = time.monotonic()
-    arguments = ("--engine", "mock", "--decode", str(num_decode))
-    dotted = {name.replace("__", "."): value for name, value in settings.items()}
-    server = KelpServer(mode, settings={**INSTANT, **dotted}, arguments=arguments).start()
-    print(f"{mode}: {len(server.records())} mock workers served after {time.monotonic() - started_s:.1f} s")
-    return server
+SETTINGS: dict[str, object] = {"router.disaggregation": "always"}
 
 
 @pytest.fixture(scope="module")
 def fleet() -> Iterator[KelpServer]:
-    with start("disaggregated", NUM_DECODE, router__disaggregation="always") as server:
+    arguments = ("--engine", "mock", "--decode", "2", "--routers", str(NUM_ROUTERS))
+    server = KelpServer("disaggregated", settings=SETTINGS, arguments=arguments).start()
+    try:
         yield server
+    finally:
+        # The last test kills a router, after which Triton does not end cleanly.
+        server.kill()
 
 
 @pytest.fixture(scope="module")
-def reference() -> dict[str, list[int]]:
-    """What the mock says to each prompt."""
-    tokenizer = Tokenizer(MODEL)
-    vocabulary = Vocabulary(tokenizer.vocab_size, tuple(sorted(tokenizer.eos_token_ids)))
-    return {prompt: vocabulary.continuation(tokenizer.encode(prompt).tolist(), MAX_TOKENS) for prompt in PROMPTS}
-
-
-def ask_all(server: KelpServer) -> dict[str, dict[str, Any]]:
-    def ask(prompt: str) -> dict[str, Any]:
-        status, body = http_post(f"{server.http_url}/v2/models/llm/generate", fields(prompt))
-        assert status == 200, body
-        return dict(json.loads(body))
-
-    with ThreadPoolExecutor(8) as pool:
-        return dict(zip(PROMPTS, pool.map(ask, PROMPTS), strict=True))
+def reference() -> Reference:
+    return Reference()
 
 
 def fields(prompt: str) -> dict[str, Any]:
     return {"text_input": prompt, "max_tokens": MAX_TOKENS}
 
 
-def tokens_of(answers: dict[str, dict[str, Any]]) -> dict[str, list[int]]:
-    return {prompt: answer["output_ids"] for prompt, answer in answers.items()}
-
-
-def test_every_worker_of_the_fleet_is_there(fleet: KelpServer) -> None:
-    names = {"decode", *(f"decode_{index}" for index in range(1, NUM_DECODE))}
-    assert set(fleet.records()) == {"prefill", *names}
-
-
 def test_handed_over_prompts_are_answered_as_the_reference_says_and_nothing_stays_behind(
-    fleet: KelpServer, reference: dict[str, list[int]]
+    fleet: KelpServer, reference: Reference
 ) -> None:
-    answers = ask_all(fleet)
-    assert tokens_of(answers) == reference
-    for answer in answers.values():
-        prefill, decode = (worker.rpartition("/")[2] for worker in answer["worker_ids"])
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda prompt: generate(fleet, **fields(prompt)), PROMPTS))
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        assert answer["output_ids"] == reference.answer(prompt, MAX_TOKENS)
+        prefill, decode = map(model_of, answer["worker_ids"])
         assert prefill == "prefill" and decode.startswith("decode")
     fleet.wait_quiet()
 
 
-def test_a_stream_carries_the_same_tokens(fleet: KelpServer, reference: dict[str, list[int]]) -> None:
+def test_a_stream_carries_the_same_tokens(fleet: KelpServer, reference: Reference) -> None:
     prompt = PROMPTS[3]
     status, body = http_post(f"{fleet.http_url}/v2/models/llm/generate_stream", {**fields(prompt), "stream": True})
     assert status == 200
@@ -88,14 +63,54 @@ def test_a_stream_carries_the_same_tokens(fleet: KelpServer, reference: dict[str
     for event in sse_events(body):
         ids = event.get("output_ids", [])
         said += ids if isinstance(ids, list) else [ids]
-    assert said == reference[prompt]
+    assert said == reference.answer(prompt, MAX_TOKENS)
     fleet.wait_quiet()
 
 
-def test_an_aggregated_fleet_without_nixl_says_the_same(reference: dict[str, list[int]]) -> None:
-    with start("aggregated", 2, handoff__transport="local", mock__tokens_per_step=8) as server:
-        answers = ask_all(server)
-        assert tokens_of(answers) == reference
-        # Triton's JSON writes a tensor of one element without brackets.
-        assert all(isinstance(answer["worker_ids"], str) for answer in answers.values())
-        server.wait_quiet()
+def test_a_killed_router_takes_only_its_own_requests_along(fleet: KelpServer, reference: Reference) -> None:
+    streams = {f"stream-{number}": long_stream(fleet, f"stream-{number}") for number in range(9)}
+    first = {name: call.next() for name, call in streams.items()}
+    router_of = {name: explain(fleet, name)["router_id"] for name in streams}
+    dead = router_of_stub(live_routers(fleet), "llm_0_0")
+    assert set(router_of.values()) == live_routers(fleet)
+
+    fleet.stub("llm").kill()
+    for name, call in streams.items():
+        if router_of[name] != dead:
+            answer = Answer([first[name], *call])
+            assert answer.token_ids == reference.answer(name, LONG)
+    wait_until(lambda: live_routers(fleet) == set(router_of.values()) - {dead}, "its record to expire", 20.0)
+    fleet.wait_quiet()
+
+    for number in range(NUM_ROUTERS * 4):
+        name = f"later-{number}"
+        answer = asked_again(lambda name=name: generate(fleet, id=name, **fields(name)))
+        assert answer["output_ids"] == reference.answer(name, MAX_TOKENS)
+        assert asked_again(lambda name=name: explain(fleet, name))["router_id"] != dead
+    for call in streams.values():
+        call.cancel()
+
+
+def long_stream(server: KelpServer, name: str) -> Call:
+    request = {"text_input": name, "max_tokens": LONG, "stream": True}
+    return Call(server.grpc_endpoint, request, request_id=name)
+
+
+def live_routers(server: KelpServer) -> set[str]:
+    return {record.router_id for record in RouterDirectory(server.registry_folder, 5.0).snapshot()}
+
+
+def router_of_stub(router_ids: set[str], instance: str) -> str:
+    found = [router_id for router_id in router_ids if model_of(router_id) == instance]
+    assert len(found) == 1, router_ids
+    return found[0]
+
+
+def asked_again(ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a client does: Triton hands some requests to the dead process, which fail at once and say so."""
+    for _ in range(MAX_TRIES):
+        try:
+            return ask()
+        except ServedError as error:
+            assert "not healthy" in error.message
+    raise AssertionError(f"asked {MAX_TRIES} times in vain")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from mock_rig import explain, generate
 
 from support.serving import KelpServer, run_cli
 from support.waiting import wait_until
@@ -29,6 +30,12 @@ def decode_workers_of_eight_requests(server: KelpServer) -> set[str]:
         answers = list(pool.map(lambda _: server.ask(**PROMPT, stream=True), range(8)))
     assert len({tuple(answer.token_ids) for answer in answers}) == 1
     return {answer.last.worker_ids[-1].rpartition("/")[2] for answer in answers}
+
+
+def why(server: KelpServer, name: str) -> str:
+    """The reason of a decision."""
+    generate(server, id=name, **PROMPT)
+    return str(explain(server, name)["reason"])
 
 
 def test_traffic_reaches_an_added_worker_and_a_removed_one_drains_first(scaled_server: KelpServer) -> None:
@@ -66,8 +73,11 @@ def test_further_prefill_workers_can_come_and_all_can_go(scaled_server: KelpServ
     scale(scaled_server, "prefill=0")
     assert set(scaled_server.records()) == {"decode"}
     assert decode_workers_of_eight_requests(scaled_server) == {"decode"}
+    assert why(scaled_server, "without prefill workers") == "aggregated"
     scale(scaled_server, "prefill=1")
-    wait_until(lambda: len(scaled_server.ask(**PROMPT).last.worker_ids) == 2, "the router to see it")
+    # Whether it then pays to use it is another question.
+    reasons = {"disaggregated", "aggregated: predicted to be faster"}
+    wait_until(lambda: why(scaled_server, "with one") in reasons, "the router to see it")
 
 
 def test_a_worker_whose_requests_were_cancelled_can_still_be_unloaded(scaled_server: KelpServer) -> None:

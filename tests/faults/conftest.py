@@ -16,9 +16,12 @@ SETTINGS: dict[str, object] = {
     "handoff.attach_timeout_s": 2,
     "executor.max_running": 1,
     "executor.max_step_tokens": 64,
+    "queue.running_factor": 2.0,
     "registry.heartbeat_s": 0.5,
+    "router.disaggregation": "always",
 }
-"""One sequence at a time makes a queue; small steps make many chunks."""
+"""One sequence at a time makes a queue, two requests a worker one in the router as well; small steps make many chunks;
+every prompt is handed over, paying or not."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import socket
+import urllib.request
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ import pytest
 from kelp.client.base import WorkerAddress, WorkerOutput
 from kelp.client.grpc import GrpcWorkerClient
 from kelp.core.messages import GenerateCommand, Rendezvous, SamplingParams, WorkerStatus
+from kelp.core.metrics import QUEUE_LENGTH
 from kelp.core.types import Role
 from support.llm_client import Call
 from support.serving import HOST, KelpServer, why_not
@@ -115,7 +117,7 @@ def wait_both(server: KelpServer, what: str, holds: Callable[[WorkerStatus], boo
 @contextlib.contextmanager
 def busy_workers(server: KelpServer) -> Iterator[None]:
     """Both workers' only slots are taken."""
-    with Call(server.grpc_endpoint, {"stream": True, **long_request()}):
+    with Call(server.grpc_endpoint, {"stream": True, **long_request(max_tokens=1200)}):
         wait_both(server, "busy workers", lambda status: status.num_running == 1)
         yield
 
@@ -126,6 +128,18 @@ def wait_queued(server: KelpServer) -> None:
 
 def wait_unqueued(server: KelpServer) -> None:
     wait_both(server, "an empty queue", lambda status: status.num_waiting == 0)
+
+
+def wait_held_back(server: KelpServer, num_requests: int) -> None:
+    """The router keeps so many requests in its own queue, as its metrics say about two seconds later."""
+    wait_until(lambda: _num_held_back(server) == num_requests, f"{num_requests} requests in the router's queue", 30.0)
+
+
+def _num_held_back(server: KelpServer) -> int | None:
+    with urllib.request.urlopen(f"http://{HOST}:{server.metrics_port}/metrics", timeout=5.0) as response:
+        lines = response.read().decode().splitlines()
+    values = [float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{QUEUE_LENGTH.name}{{")]
+    return int(sum(values)) if values else None
 
 
 def wait_prefilling(server: KelpServer) -> None:

@@ -13,6 +13,7 @@ from fault_scenes import (
     busy_workers,
     long_request,
     short_request,
+    wait_held_back,
     wait_prefilling,
     wait_queued,
     wait_reserved,
@@ -32,6 +33,16 @@ def test_a_client_may_go_while_its_request_is_queued(server: KelpServer) -> None
         client.leave()
         wait_unqueued(server)
         assert server.statuses()["decode"].num_running == 1, "the other request must not be touched"
+
+
+def test_a_client_may_go_while_the_router_holds_its_request_back(server: KelpServer) -> None:
+    with busy_workers(server), contextlib.closing(_Leaving(server)):
+        wait_queued(server)
+        client = GrpcClient(server, short_request())
+        wait_held_back(server, 1)
+        client.leave()
+        wait_held_back(server, 0)
+        assert server.statuses()["decode"].num_running == 1, "the other requests must not be touched"
 
 
 def test_an_http_client_that_goes_while_queued_costs_one_response_at_most(server: KelpServer) -> None:

@@ -91,6 +91,7 @@ class Network:
         self.chance = chance
         self.is_cruel = True
         self.waiting: list[list[bytes]] = []
+        self.late: list[tuple[int, list[bytes]]] = []
 
     def send(self, frames: list[bytes]) -> None:
         copies = self.chance.choice((0, 1, 1, 1, 2)) if self.is_cruel else 1
@@ -102,12 +103,19 @@ class Network:
         waiting, self.waiting = self.waiting, []
         for frames in waiting:
             self.router.live(frames)
+        late, self.late = self.late, []
+        for attempt, frames in late:
+            self.router.answer(attempt, frames)
 
     def answer(self, attempt: int, answers: Iterator[list[bytes]]) -> None:
+        is_late = self.is_cruel and self.chance.random() < 0.2
         for frames in answers:
             if self.is_cruel and self.chance.random() < 0.2:
                 return
             copies = 2 if self.is_cruel and self.chance.random() < 0.1 else 1
+            if is_late:
+                self.late += [(attempt, frames)] * copies
+                continue
             for _ in range(copies):
                 self.router.answer(attempt, frames)
 
@@ -241,6 +249,7 @@ class ForeignScene:
 
     def restart(self) -> None:
         self.network.waiting.clear()
+        self.network.late.clear()
         self.engine = ForeignEngine(self.engine.ts + 1000.0, self.ring)
         self.router.live(self.engine.clear())
 

@@ -115,12 +115,14 @@ def llm_inputs(fields: dict[str, Any]) -> list[Any]:
 class Call:
     """One streaming request under way; iterate over its responses, or `cancel` it."""
 
-    def __init__(self, endpoint: str, fields: dict[str, Any], model: str = "llm") -> None:
+    def __init__(self, endpoint: str, fields: dict[str, Any], model: str = "llm", request_id: str = "") -> None:
         self._events: queue.Queue[tuple[Any, Any]] = queue.Queue()
         self._is_over = False
         self._client = triton.InferenceServerClient(endpoint)
         self._client.start_stream(callback=lambda result, error: self._events.put((result, error)))
-        self._client.async_stream_infer(model, llm_inputs(fields), enable_empty_final_response=True)
+        self._client.async_stream_infer(
+            model, llm_inputs(fields), request_id=request_id, enable_empty_final_response=True
+        )
 
     def __enter__(self) -> Call:
         return self

@@ -32,5 +32,9 @@ class RoutingConfig(Group):
     """Sessions remembered; the one that was silent for longest goes first."""
     preferred_tag_discount: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """By which share each matching preferred tag makes a worker cheaper."""
+    index_max_bytes: Annotated[int, Field(ge=1 << 16)] = 1 << 30
+    """Most memory of the prefix index; beyond, what no prompt has matched for longest is forgotten."""
+    expected_ttl_s: Positive = 120.0
+    """How long blocks of a placed request count as a worker's own while its events neither confirm nor deny them."""
     explained_candidates: Annotated[int, Field(ge=0)] = 65536
     """Candidates kept over all explained decisions; the oldest decisions go first."""

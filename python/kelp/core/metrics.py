@@ -56,7 +56,7 @@ STALE_ROUTERS = MetricFamily("kelp_routers_stale", "gauge", "Other routers whose
 KNOWN_ROUTERS = MetricFamily("kelp_routers_known", "gauge", "Other routers of the same workers")
 INDEX_BYTES = MetricFamily("kelp_index_bytes", "gauge", "Estimated memory of the prefix index")
 APPROXIMATE_WORKERS = MetricFamily(
-    "kelp_approximate_workers", "gauge", "Workers without KV events, whose blocks are only guessed"
+    "kelp_approximate_workers", "gauge", "Workers whose blocks are partly guessed"
 )
 KV_EVENT_BLOCKS = MetricFamily("kelp_kv_event_blocks_total", "counter", "Blocks that workers reported, by kind")
 KV_EVENT_DROPPED = MetricFamily("kelp_kv_event_dropped_total", "counter", "KV events not used, by reason")

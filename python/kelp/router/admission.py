@@ -116,8 +116,15 @@ class Admission:
         now_s, full = self._clock.monotonic_s(), self._capacity.full()
         if full.is_everywhere:
             return False
+        tried: set[tuple[frozenset[WorkerKey], bool]] = set()
         for waiting in self._queue.in_turn(now_s):
             wanted = self._wanted[waiting.request_id]
+            # Where one request without wishes of its own finds no room, the next one finds none either: a thousand
+            # that wait must not cost a thousand decisions each time that a place falls free elsewhere.
+            if _has_no_wishes(wanted.request):
+                if (wanted.avoid, wanted.allow_prefill) in tried:
+                    continue
+                tried.add((wanted.avoid, wanted.allow_prefill))
             decision = self._try(wanted, full)
             if decision is not None:
                 self._queue.take(waiting.request_id, now_s)
@@ -159,6 +166,10 @@ class Admission:
         answer = self._wanted[waiting.request_id].answer
         if not answer.done():
             answer.set_exception(CapacityError(f"{why}; {self._queue.retry_after()}"))
+
+
+def _has_no_wishes(request: RoutingRequest) -> bool:
+    return not (request.pinned_worker or request.required_tags or request.model_id)
 
 
 def _touches(decision: Decision, full: Fullness) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from kelp.client.base import WorkerAddress, WorkerClient, WorkerOutput, WorkerStream
@@ -55,16 +55,16 @@ class WorkerLeg:
         self._reading = asyncio.ensure_future(self._read())
         self._timer = self._loop.call_later(_LIVENESS_CHECK_S, self._check_liveness)
 
-    async def outputs(self) -> AsyncIterator[WorkerOutput]:
-        """Everything the worker says, in order.
+    async def next_output(self) -> WorkerOutput | None:
+        """What the worker says next; None at the end.
 
         Raises:
             KelpError: The worker's own error, or WorkerLost.
         """
-        while (item := await self._queue.get()) is not None:
-            if isinstance(item, KelpError):
-                raise item
-            yield item
+        item = await self._queue.get()
+        if isinstance(item, KelpError):
+            raise item
+        return item
 
     def leave(self) -> None:
         """Lose interest; what still runs is cancelled, and read to its end, in the background."""
@@ -159,7 +159,7 @@ class Attempt:
 
     async def _follow(self, leg: WorkerLeg, record: WorkerRecord) -> Finished:
         try:
-            async for output in leg.outputs():
+            while (output := await leg.next_output()) is not None:
                 self._note(output, record)
                 self._placement.heard(output)
                 if output.token_ids:

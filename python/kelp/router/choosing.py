@@ -23,6 +23,7 @@ from kelp.router.index.base import Matches
 from kelp.router.policies.among_the_best import AmongTheBestPolicy
 from kelp.router.policies.base import CostPolicy
 from kelp.router.policies.catalogue import new_policy
+from kelp.router.prompt_order import Waits
 from kelp.router.request import RoutingRequest
 from kelp.router.workers import WorkerTable
 from kelp.timing.rates import Work
@@ -71,6 +72,7 @@ class Way:
     Attributes:
         choices: What was chosen from, prefill first.
         work: The prompt's computation, `work_s` its predicted seconds.
+        waits: What was predicted of the prompt.
         transfer_blocks: Blocks that the decode worker has to fetch.
     """
 
@@ -80,6 +82,7 @@ class Way:
     reason: str
     work: Work
     work_s: float
+    waits: Waits
     transfer_blocks: float
     ttft_s: float
     itl_s: float
@@ -185,6 +188,7 @@ class Chooser:
             reason=reason,
             work=_work(costs, row),
             work_s=float(costs.compute_s[row]),
+            waits=_waits(costs, row),
             transfer_blocks=0.0,
             ttft_s=float(costs.ttft_s[row]),
             itl_s=float(costs.itl_s[row]),
@@ -202,6 +206,7 @@ class Chooser:
             reason="disaggregated",
             work=_work(costs, row),
             work_s=float(costs.compute_s[row]),
+            waits=_waits(costs, row),
             transfer_blocks=missing_blocks(whole, decode_row),
             ttft_s=float(costs.ttft_s[row]),
             itl_s=float(decode_costs.itl_s[decode_row]),
@@ -215,6 +220,11 @@ def _work(costs: Costs, row: int) -> Work:
     uncached = float(costs.uncached[row])
     pairs = uncached * (costs.request.num_prompt_tokens - 0.5 * uncached)
     return Work(float(costs.steps[row]), uncached, pairs)
+
+
+def _waits(costs: Costs, row: int) -> Waits:
+    own_s = float(costs.ttft_s[row] - costs.queue_s[row])
+    return Waits(own_s, float(costs.in_order_s[row]), float(costs.shared_s[row]))
 
 
 def _is_near_best(costs: Costs, row: int) -> bool:

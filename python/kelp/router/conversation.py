@@ -50,6 +50,14 @@ class Conversation:
         relay.on_stop_word = lambda index: loop.call_soon_threadsafe(self._runs[index].stop)
         relay.on_sent_last = lambda: loop.call_soon_threadsafe(self._sent_last.set)
         relay.summary = lambda num_tokens: summary_tensors(self._jobs, num_tokens)
+        if len(self._jobs) == 1:
+            await self._sequence(0)
+        else:
+            await self._all_sequences()
+        await self._sent_last.wait()
+        observe(self._metrics, self._jobs, relay.num_responses, self._clock.wall_ns())
+
+    async def _all_sequences(self) -> None:
         sequences = [asyncio.ensure_future(self._sequence(index)) for index in range(len(self._jobs))]
         try:
             await asyncio.gather(*sequences)
@@ -57,8 +65,6 @@ class Conversation:
             for sequence in sequences:
                 sequence.cancel()
             await asyncio.wait(sequences)
-        await self._sent_last.wait()
-        observe(self._metrics, self._jobs, relay.num_responses, self._clock.wall_ns())
 
     async def _sequence(self, index: int) -> None:
         reason = await self._runs[index].run(await self._beside_the_first() if index else None)

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from kelp.router.fleet import Candidates, Fleet
+from kelp.router.fleet import Candidates, Fleet, Slots
 from kelp.router.index.base import Matches
 from kelp.router.lengths import AnswerLengths
 from kelp.router.load import Load
+from kelp.router.prompt_order import PromptOrder
 from kelp.router.request import RoutingRequest
 from kelp.timing.rates import Rates
 
@@ -25,8 +26,7 @@ class Costs:
     Attributes:
         slots: `[n] intp`.
         request: What is to be placed.
-        num_output: Tokens that it is expected to generate.
-        usual_output: Tokens that any other request is.
+        usual_output: Output tokens that a request is expected to generate.
         is_measured: Whether the seconds rest on measurements.
         computes_prompt: False for decode workers that get the prompt's KV from a prefill worker.
         active: Requests there, the ones that only heartbeats tell of included.
@@ -34,14 +34,16 @@ class Costs:
         kv_tokens: KV of active requests.
         num_decoding: Sequences that generate.
         block_size: Tokens per block.
-        num_blocks: KV pool.
         placed_tokens: Prompt tokens computed there of late: how much of its cache is recent.
         overlap: Leading prompt blocks that lie there in any tier.
         overlap_tiers: `[n, num_tiers] int32`, cumulative; None where nothing lies below the device tier.
         uncached: Prompt tokens to be computed there.
         steps: Engine steps that those take.
         compute_s: The worker's time that they take, without the sequences that decode in the same steps.
-        queue_s: Until its first step.
+        in_order_s: What waiting takes if prompts are computed in order of arrival,
+        shared_s: and if they share the steps: none waits for more of another one than it is long itself.
+        queue_s: Expected wait, between the two.
+        hold_up_s: By how much it makes prompts wait that came before it, summed up.
         prefill_s: From then to its first token, onboarding excluded.
         onboard_s: From lower tiers.
         transfer_s: KV from the prefill worker.
@@ -52,7 +54,6 @@ class Costs:
 
     slots: npt.NDArray[np.intp]
     request: RoutingRequest
-    num_output: float
     usual_output: float
     is_measured: bool
     computes_prompt: bool
@@ -61,15 +62,16 @@ class Costs:
     kv_tokens: Column
     num_decoding: Column
     block_size: Column
-    num_blocks: Column
     placed_tokens: Column
     overlap: Column
     overlap_tiers: npt.NDArray[np.int32] | None
     uncached: Column
     steps: Column
     compute_s: Column
-    queue_s: Column
+    in_order_s: Column
     shared_s: Column
+    queue_s: Column
+    hold_up_s: Column
     prefill_s: Column
     onboard_s: Column
     transfer_s: Column
@@ -84,10 +86,11 @@ class Costs:
 class CostModel:
     """Fills the record from fleet, load, rates and the index's answer."""
 
-    def __init__(self, fleet: Fleet, load: Load, rates: Rates, lengths: AnswerLengths) -> None:
+    def __init__(self, fleet: Fleet, load: Load, rates: Rates, lengths: AnswerLengths, order: PromptOrder) -> None:
         self._fleet = fleet
         self._load = load
         self._lengths = lengths
+        self._order = order
         self.rates = rates
 
     def estimate(self, request: RoutingRequest, candidates: Candidates, matches: Matches, now_s: float) -> Costs:
@@ -97,20 +100,17 @@ class CostModel:
         block_size = fleet.block_size[at]
         num_prompt = float(request.num_prompt_tokens)
         cached = np.minimum(overlap * block_size, max(num_prompt - 1.0, 0.0))
-        uncached = num_prompt - cached
         slowness = rates.slowness[at]
         num_decoding = load.num_decoding[at].copy()
         decode_s = slowness * (num_decoding * rates.sequence_s + load.context_tokens[at] * rates.context_s)
-        steps = np.maximum(uncached / fleet.step_tokens[at], 1.0)
-        per_token_s = rates.token_s + (0.5 * rates.pair_s) * (cached + num_prompt)
-        compute_s = slowness * (steps * rates.step_s + uncached * per_token_s)
-        elapsed_s = np.minimum(now_s - load.head_since_s[at], load.head_s[at])
-        queue_s = load.pending_s[at] - elapsed_s + load.pending_steps[at] * decode_s
+        uncached, steps, compute_s = self._computation(at, cached, num_prompt)
         prefill_s = compute_s + steps * decode_s
+        in_order_s, shared_s = self._waits(at, decode_s, prefill_s, now_s)
+        in_order = self._order.in_order
+        queue_s = in_order * in_order_s + (1.0 - in_order) * shared_s
         return Costs(
             slots=candidates.slots,
             request=request,
-            num_output=self._lengths.expected(request.max_tokens),
             usual_output=self._lengths.usual,
             is_measured=rates.is_measured,
             computes_prompt=True,
@@ -119,21 +119,38 @@ class CostModel:
             kv_tokens=load.kv_tokens[at].copy(),
             num_decoding=num_decoding,
             block_size=block_size,
-            num_blocks=fleet.num_blocks[at],
             placed_tokens=load.placed_tokens[at].copy(),
             overlap=overlap,
             overlap_tiers=tiers,
             uncached=uncached,
             steps=steps,
             compute_s=compute_s,
+            in_order_s=in_order_s,
+            shared_s=shared_s,
             queue_s=queue_s,
-            shared_s=np.minimum(queue_s, load.num_pending[at] * prefill_s),
+            hold_up_s=(1.0 - in_order) * shared_s,
             prefill_s=prefill_s,
             onboard_s=onboard_s,
             transfer_s=np.zeros(len(candidates.slots)),
             ttft_s=queue_s + prefill_s + onboard_s,
             itl_s=slowness * (rates.step_s + rates.sequence_s + num_prompt * rates.context_s) + decode_s,
         )
+
+    def _computation(self, at: Slots | slice, cached: Column, num_prompt: float) -> tuple[Column, Column, Column]:
+        """Tokens, steps, and seconds of the worker's time."""
+        rates = self.rates
+        uncached = num_prompt - cached
+        steps = np.maximum(uncached / self._fleet.step_tokens[at], 1.0)
+        half_pair_s = 0.5 * rates.pair_s
+        per_token_s = half_pair_s * cached + (rates.token_s + half_pair_s * num_prompt)
+        return uncached, steps, rates.slowness[at] * (steps * rates.step_s + uncached * per_token_s)
+
+    def _waits(self, at: Slots | slice, decode_s: Column, prefill_s: Column, now_s: float) -> tuple[Column, Column]:
+        """Until the prompts before it are done, and until those are that a prompt of its length waits for."""
+        load = self._load
+        elapsed_s = np.minimum(now_s - load.head_since_s[at], load.head_s[at])
+        in_order_s = load.pending_s[at] - elapsed_s + load.pending_steps[at] * decode_s
+        return in_order_s, np.minimum(in_order_s, load.num_pending[at] * prefill_s)
 
     def _overlaps(
         self, candidates: Candidates, matches: Matches
@@ -154,8 +171,15 @@ class CostModel:
 
 
 def as_decoder(costs: Costs, rates: Rates) -> Costs:
-    """The same candidates if another worker computes the prompt: they fetch the blocks that they lack."""
+    """The same candidates if another worker computes the prompt: they fetch the blocks that they lack.
+
+    Whoever will generate there counts as if he did already. Prompts of a burst are all still under way elsewhere when
+    the last request of it is placed; counting only those that generate now would send all to one worker.
+    """
     nothing = np.zeros(len(costs))
+    num_sequences = costs.active + 1.0
+    num_context = costs.kv_tokens + costs.request.num_prompt_tokens
+    step_s = rates.step_s + num_sequences * rates.sequence_s + num_context * rates.context_s
     num_blocks = np.ceil(costs.request.num_prompt_tokens / costs.block_size)
     transfer_s = rates.handoff_s(np.maximum(num_blocks - costs.overlap, 0.0))
     return replace(
@@ -164,12 +188,15 @@ def as_decoder(costs: Costs, rates: Rates) -> Costs:
         uncached=nothing,
         steps=nothing,
         compute_s=nothing,
-        queue_s=nothing,
+        in_order_s=nothing,
         shared_s=nothing,
+        queue_s=nothing,
+        hold_up_s=nothing,
         prefill_s=nothing,
         onboard_s=nothing,
         transfer_s=transfer_s,
         ttft_s=transfer_s,
+        itl_s=rates.slowness[costs.slots] * step_s,
     )
 
 

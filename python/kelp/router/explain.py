@@ -24,6 +24,7 @@ class CandidateCosts(Message):
 
     Attributes:
         overlap_blocks: By tier, cumulative: leading prompt blocks in this tier or a faster one.
+        hold_up_s: By how much it would make prompts wait that are there already.
     """
 
     worker_id: str
@@ -34,6 +35,7 @@ class CandidateCosts(Message):
     active_blocks: float
     uncached_tokens: float
     queue_s: float
+    hold_up_s: float
     prefill_s: float
     onboard_s: float
     transfer_s: float
@@ -70,6 +72,7 @@ class Explanation(Message):
         reason: Why disaggregated or not, and what narrowed the choice, in words.
         attempt: 1 for the first decision of this request id, counting on with every retry.
         predicted_ttft_s: Of the way taken.
+        router_id: Which router decided; empty where there is only one.
     """
 
     request_id: str
@@ -84,6 +87,7 @@ class Explanation(Message):
     predicted_itl_s: float
     choices: list[RoleChoice]
     outcome: Outcome
+    router_id: str = ""
 
 
 @dataclass(slots=True)
@@ -186,6 +190,7 @@ def _render(choice: Choice) -> RoleChoice:
                 active_blocks=costs.kv_tokens[row] / costs.block_size[row],
                 uncached_tokens=costs.uncached[row],
                 queue_s=costs.queue_s[row],
+                hold_up_s=costs.hold_up_s[row],
                 prefill_s=costs.prefill_s[row],
                 onboard_s=costs.onboard_s[row],
                 transfer_s=costs.transfer_s[row],

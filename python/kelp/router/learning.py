@@ -1,12 +1,13 @@
 """Turns what workers tell into observations of their rates.
 
 A prompt's own time cannot be read off its request: it shares steps with prompts before and after it, and with
-sequences that decode. What can be read off is what the worker did between two first tokens while it had prompts to
-compute; first tokens that come together are one observation.
+sequences that decode; nor off the first token before it, since part of it may have been computed by then. What can be
+read off is what the worker did from having its first prompt to having none left: that is one observation.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from kelp.router.load import Load
@@ -14,18 +15,46 @@ from kelp.router.outcome import Ended, FirstToken
 from kelp.timing.rates import Rates, Work
 
 _TOGETHER_S = 1e-3
+_MAX_PROMPTS = 64
+"""Of one observation: a worker that never runs dry is learned from as well, if less exactly."""
+
 _MIN_DECODE_TOKENS = 8
 _LEAST_DECODE_SHARE = 0.2
 
 
 @dataclass(slots=True)
 class _Stretch:
-    """Prompts that were computed between `since_s` and `until_s`, and what of it has not been learned from."""
+    """What a worker has computed since `since_s`, when it had no prompt.
+
+    Attributes:
+        since_s: When it got its first one.
+        until_s: Latest first token.
+        num_prompts: How many it has computed,
+        num_ends: and in how many steps they ended, at least.
+        full_steps: Steps that prompts longer than one filled.
+        tokens: See `Work`, as `pairs`.
+        num_decoding: Sequences that decoded when a prompt ended, summed over the prompts.
+        context_tokens: And their KV.
+        computing_s: Time that each prompt was being computed for, summed up; these times overlap.
+    """
 
     since_s: float
-    until_s: float
-    longest_s: float
-    work: Work
+    until_s: float = -math.inf
+    num_prompts: int = 0
+    num_ends: int = 0
+    full_steps: float = 0.0
+    tokens: float = 0.0
+    pairs: float = 0.0
+    num_decoding: float = 0.0
+    context_tokens: float = 0.0
+    computing_s: float = 0.0
+
+    @property
+    def work(self) -> Work:
+        """All of it. Short prompts are computed in the steps of long ones, whatever is left of those."""
+        steps = max(self.full_steps, float(self.num_ends))
+        share = steps / self.num_prompts
+        return Work(steps, self.tokens, self.pairs, share * self.num_decoding, share * self.context_tokens)
 
 
 @dataclass(slots=True)
@@ -66,18 +95,25 @@ class Learning:
         """
         rates, load = self._rates, self._load
         self._prompt_s[slot] += rates.seconds(slot, Work(0.0, work.tokens, work.pairs))
-        sequences = work.steps * float(load.num_decoding[slot])
-        context = work.steps * float(load.context_tokens[slot])
-        work = Work(work.steps, work.tokens, work.pairs, sequences, context)
-        last = self._stretches.get(slot)
-        if last is not None and now_s - last.until_s <= _TOGETHER_S:
-            last.work = Work(*(mine + other for mine, other in zip(last.work, work, strict=True)))
-            last.longest_s = max(last.longest_s, told.prefill_s)
-            return
-        if last is not None:
-            self._learn(slot, last)
-        since_s = begun_s if last is None else max(last.until_s, begun_s)
-        self._stretches[slot] = _Stretch(since_s, now_s, told.prefill_s, work)
+        stretch = self._stretches.get(slot)
+        if stretch is None:
+            stretch = self._stretches[slot] = _Stretch(begun_s)
+        if now_s - stretch.until_s > _TOGETHER_S:
+            stretch.num_ends += 1
+        stretch.until_s = now_s
+        stretch.num_prompts += 1
+        stretch.full_steps += work.steps if work.steps > 1.0 else 0.0
+        stretch.tokens += work.tokens
+        stretch.pairs += work.pairs
+        stretch.num_decoding += float(load.num_decoding[slot])
+        stretch.context_tokens += float(load.context_tokens[slot])
+        stretch.computing_s += told.prefill_s
+        is_last = load.num_pending[slot] <= 1.0
+        if is_last or stretch.num_prompts >= _MAX_PROMPTS:
+            self._learn(slot, stretch)
+            del self._stretches[slot]
+            if not is_last:
+                self._stretches[slot] = _Stretch(now_s)
 
     def generating(self, slot: int) -> Generating:
         """A sequence begins to generate there."""
@@ -99,6 +135,6 @@ class Learning:
 
     def _learn(self, slot: int, stretch: _Stretch) -> None:
         seconds = stretch.until_s - stretch.since_s
-        if stretch.longest_s > 0.0:
-            seconds = min(seconds, stretch.longest_s)
+        if stretch.computing_s > 0.0:
+            seconds = min(seconds, stretch.computing_s)
         self._rates.observe(slot, stretch.work, seconds)

@@ -25,7 +25,3 @@ class AnswerLengths:
         self._num_observed += 1
         self._log += max(_MIN_GAIN, 1.0 / (self._num_observed + 1)) * (math.log(num_tokens) - self._log)
         self.usual = math.exp(self._log)
-
-    def expected(self, max_tokens: int) -> float:
-        """Output tokens of a request that allows that many."""
-        return min(self.usual, float(max_tokens))

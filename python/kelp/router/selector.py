@@ -26,6 +26,7 @@ from kelp.router.learning import Generating, Learning
 from kelp.router.lengths import AnswerLengths
 from kelp.router.load import Entry, Load
 from kelp.router.outcome import Ended, FirstToken
+from kelp.router.prompt_order import PromptOrder, Waits
 from kelp.router.request import RoutingRequest
 from kelp.router.workers import WorkerTable
 from kelp.timing.rates import Rates, Work
@@ -61,6 +62,7 @@ class _Live:
     prefilling: Entry
     decoding: Entry
     transfer_blocks: float
+    waits: Waits | None
     has_first_token: bool = False
     generating: Generating | None = None
 
@@ -77,7 +79,8 @@ class Selector:
         fleet: What workers say of themselves, by slot.
         load: Counts by slot; other routers' requests are counted there as well (`router.peer_load`).
         rates: What workers' speeds are thought to be.
-        lengths: What answers' lengths are.
+        lengths: How long answers are thought to be.
+        order: In which order workers are thought to compute prompts.
         is_stale: Whether other routers' requests are not known well enough to trust the counts; then requests spread
             among the best workers.
     """
@@ -105,7 +108,8 @@ class Selector:
         self.load = Load(config.reservation_ttl_s, config.lease_ttl_s)
         self._learning = Learning(self.rates, self.load)
         self.lengths = AnswerLengths()
-        costs = CostModel(self.fleet, self.load, self.rates, self.lengths)
+        self.order = PromptOrder()
+        costs = CostModel(self.fleet, self.load, self.rates, self.lengths, self.order)
         self._chooser = Chooser(table, self.fleet, costs, config, mode, seed)
         table.watch(self._joined, self.load.end)
         for slot in table.slots():
@@ -169,7 +173,8 @@ class Selector:
             self.load.add(prefilling)
         self.load.add(decoding)
         self._index.expect(prefilling.slot, request.block_hashes)
-        self._live[request.request_id] = _Live(request, now_s, prefilling, decoding, blocks)
+        waits = decision.way.waits if decision.way is not None else None
+        self._live[request.request_id] = _Live(request, now_s, prefilling, decoding, blocks, waits)
         if request.session_id:
             self._sessions.note(request.session_id, decision.decode.key, now_s)
         self._set_state(request.request_id, "reserved")
@@ -261,6 +266,8 @@ class Selector:
         steps = max(work.steps * tokens / max(work.tokens, 1.0), 1.0)
         done = Work(steps, tokens, tokens * (num_prompt - 0.5 * tokens))
         self._learning.prefilled(entry.slot, done, told, live.begun_s, now_s)
+        if live.waits is not None and self.rates.is_measured:
+            self.order.observe(live.waits, now_s - live.begun_s - told.transfer_s)
         if live.prefilling is not live.decoding and told.transfer_s > 0.0:
             self.rates.observe_handoff(live.transfer_blocks, told.transfer_s)
 

@@ -49,12 +49,15 @@ class SequenceRun:
         self._on_output = on_output
         self._failed: set[WorkerKey] = set()
         self._num_handoff_failures = 0
-        self._stopped = asyncio.Event()
+        self._task: asyncio.Task[object] | None = None
+        self._is_stopped = False
         self.placement: Placement | None = None
 
     def stop(self) -> None:
         """The sequence shall end here; belongs to the event loop."""
-        self._stopped.set()
+        self._is_stopped = True
+        if self._task is not None:
+            self._task.cancel()
 
     async def run(self, beside: Placement | None = None) -> FinishReason:
         """Run until the sequence has ended.
@@ -65,14 +68,16 @@ class SequenceRun:
         Raises:
             KelpError: No worker could finish the sequence.
         """
-        generating = asyncio.ensure_future(self._generate(beside))
-        stopping = asyncio.ensure_future(self._stopped.wait())
+        # Stopping cancels the caller's own task for a moment: a task for each of the two costs more than a token does.
+        self._task = asyncio.current_task()
         try:
-            await asyncio.wait({generating, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            return await generating if generating.done() else FinishReason.STOP
+            return await self._generate(beside)
+        except asyncio.CancelledError:
+            if not self._is_stopped:
+                raise
+            return FinishReason.STOP
         finally:
-            generating.cancel()
-            stopping.cancel()
+            self._task = None
 
     async def _generate(self, beside: Placement | None) -> FinishReason:
         for num_attempt in range(1, _MAX_ATTEMPTS + 1):
@@ -91,7 +96,7 @@ class SequenceRun:
                 if ended is not None:
                     return ended
             finally:
-                placement.end(is_completed=self._stopped.is_set())
+                placement.end(is_completed=self._is_stopped)
         raise WorkerLost("no attempt was made")
 
     async def _place(self, beside: Placement | None) -> Placement:

@@ -99,6 +99,39 @@ class StreamCloser:
             await asyncio.wait(self._closing)
 
 
+class _Ending:
+    """Ends the request of the task that makes it, before its time: at the deadline, or when its client goes.
+
+    Attributes:
+        reason: Why the task is being cancelled; None: not from here.
+    """
+
+    def __init__(self, deadline_s: float, deadline_ms: float) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._task = asyncio.current_task()
+        self._deadline_ms = deadline_ms
+        self._timer = self._loop.call_later(max(0.0, deadline_s - time.monotonic()), self._deadline_has_passed)
+        self._is_over = False
+        self.reason: KelpError | None = None
+
+    def client_has_gone(self) -> None:
+        """Thread-safe."""
+        self._loop.call_soon_threadsafe(self._cancel, RequestCancelled("the client cancelled or went away"))
+
+    def forget(self) -> None:
+        """The request has ended."""
+        self._is_over = True
+        self._timer.cancel()
+
+    def _deadline_has_passed(self) -> None:
+        self._cancel(DeadlineExceeded(f"deadline_ms: {self._deadline_ms:.0f} ms have passed"))
+
+    def _cancel(self, reason: KelpError) -> None:
+        if not self._is_over and self.reason is None and self._task is not None:
+            self.reason = reason
+            self._task.cancel()
+
+
 class RouterService:
     """Handles requests; belongs to one event loop."""
 
@@ -139,17 +172,16 @@ class RouterService:
         deadline_s = arrival_s + (
             self._config.default_deadline_s if request.deadline_ms is None else request.deadline_ms / 1e3
         )
-        loop = asyncio.get_running_loop()
-        task = asyncio.ensure_future(self._run(request, exchange, deadline_s, arrival_ns))
-        with self._parts.cancel_watch.watching(exchange, lambda: loop.call_soon_threadsafe(task.cancel)):
-            done, _ = await asyncio.wait({task}, timeout=max(0.0, deadline_s - time.monotonic()))
-        if not done:
-            task.cancel()
-            await asyncio.wait({task})
-            raise DeadlineExceeded(f"deadline_ms: {(deadline_s - arrival_s) * 1e3:.0f} ms have passed")
-        if task.cancelled():
-            raise RequestCancelled("the client cancelled or went away")
-        await task
+        ending = _Ending(deadline_s, (deadline_s - arrival_s) * 1e3)
+        try:
+            with self._parts.cancel_watch.watching(exchange, ending.client_has_gone):
+                await self._run(request, exchange, deadline_s, arrival_ns)
+        except asyncio.CancelledError:
+            if ending.reason is None:
+                raise
+            raise ending.reason from None
+        finally:
+            ending.forget()
 
     async def _explain(self, request_id: str, exchange: Exchange) -> None:
         document = await self._parts.explain(request_id)

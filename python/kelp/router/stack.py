@@ -13,10 +13,12 @@ from kelp.core.metrics import (
     APPROXIMATE_WORKERS,
     INDEX_BYTES,
     KNOWN_ROUTERS,
+    KV_EVENT_WORKERS,
     QUEUE_LENGTH,
     STALE_ROUTERS,
     Metrics,
 )
+from kelp.core.model_identity import adapter_digest
 from kelp.core.wire import encode_message
 from kelp.registry.base import RouterRegistry
 from kelp.registry.view import RegistryView
@@ -30,6 +32,7 @@ from kelp.router.replica_link import LinkParts, ReplicaLink
 from kelp.router.replicas import OwnLoads, PeerLoads
 from kelp.router.selector import Selector, SelectorMode
 from kelp.router.subscriber import EventFeed
+from kelp.router.subscription_values import SubscriptionState
 from kelp.router.workers import WorkerTable
 
 _REPORT_S = 1.0
@@ -42,6 +45,9 @@ class RoutingStack:
         router_id: This router's name among those of the same workers; labels its gauges as well.
         view: Read and kept fresh here.
         registry: Where routers find each other.
+
+    Raises:
+        ConfigError: A LoRA adapter cannot be read.
 
     Attributes:
         placer: Finds places for requests.
@@ -62,10 +68,12 @@ class RoutingStack:
         self._metrics = metrics
         self._router_id = router_id
         table = self.table = WorkerTable()
-        self.index = KVIndex(clock)
+        routing = config.routing
+        self.index = KVIndex(clock, routing.index_max_bytes, routing.expected_ttl_s)
         mode = SelectorMode(config.router.policy, config.router.disaggregation)
-        self.selector = Selector(table, self.index, config.routing, clock, clock.wall_ns() % 2**32, mode)
-        self._feed = EventFeed(table, self.index, config.events, metrics, clock)
+        self.selector = Selector(table, self.index, routing, clock, clock.wall_ns() % 2**32, mode)
+        adapters = {name: adapter_digest(folder) for name, folder in config.model.lora_adapters.items()}
+        self._feed = EventFeed(table, self.index, config.events, metrics, clock, adapters)
         own = OwnLoads(router_id, clock.wall_ns())
         replicas = config.replicas
         peer_load = PeerLoad(table, self.selector.load, self.selector.rates, clock)
@@ -78,6 +86,12 @@ class RoutingStack:
         self.placer = Placer(view, self.selector, self._admission, ledger, clock)
         self.selector.is_stale = lambda: self._peers.num_stale(clock.monotonic_s()) > 0
         view.on_read = self.placer.update
+
+    @property
+    def num_approximate(self) -> int:
+        """Workers whose blocks are partly guessed: without events, while some were missed, or beyond the budget."""
+        slots, live = self.table.slots(), SubscriptionState.LIVE
+        return sum(self._feed.state(slot) is not live or self.index.is_truncated(slot) for slot in slots)
 
     async def start(self) -> None:
         """Read the registry and keep reading it; follow the workers' events and the other routers."""
@@ -99,13 +113,17 @@ class RoutingStack:
 
     def _explain_here(self, request_id: str) -> bytes | None:
         explanation = self.selector.explain(request_id)
-        return None if explanation is None else encode_message(explanation)
+        if explanation is None:
+            return None
+        return encode_message(explanation.model_copy(update={"router_id": self._router_id}))
 
     async def _report(self) -> None:
         metrics, name = self._metrics, self._router_id
         while True:
             metrics.set(INDEX_BYTES, self.index.num_bytes, router=name)
-            metrics.set(APPROXIMATE_WORKERS, self.index.num_approximate, router=name)
+            metrics.set(APPROXIMATE_WORKERS, self.num_approximate, router=name)
+            for state, number in self._feed.num_workers().items():
+                metrics.set(KV_EVENT_WORKERS, number, router=name, state=state.value)
             metrics.set(STALE_ROUTERS, self._peers.num_stale(self._clock.monotonic_s()), router=name)
             metrics.set(KNOWN_ROUTERS, self._peers.num_peers, router=name)
             metrics.set(QUEUE_LENGTH, self._admission.num_waiting, router=name)

@@ -20,7 +20,7 @@ import zmq
 from kelp.core.clock import Clock
 from kelp.core.config import EventsConfig
 from kelp.core.hashing import seed_hash
-from kelp.core.metrics import KV_EVENT_WORKERS, Metrics
+from kelp.core.metrics import Metrics
 from kelp.core.model_identity import lora_id
 from kelp.core.types import SequenceHash
 from kelp.registry.base import WorkerRecord
@@ -46,7 +46,7 @@ class EventFeed:
         table: Whose workers to follow.
         index: Where events go.
         config: Limits and waits; with `enabled` false nobody is asked and every worker is approximate.
-        metrics: Gets `kelp_kv_event_*`.
+        metrics: Gets the counters among `kelp_kv_event_*`.
         clock: For silence, deadlines and back-off.
         adapters: Content digest of each LoRA adapter by its name, to name the blocks of foreign engines.
     """
@@ -188,8 +188,6 @@ class EventFeed:
     def _report_all(self) -> None:
         for link in self._links.values():
             self._report(link)
-        for state, number in self.num_workers().items():
-            self._metrics.set(KV_EVENT_WORKERS, number, state=state.value)
 
     def _report(self, link: WorkerLink) -> None:
         totals = link.totals()

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from kelp.core.config import EventsConfig
-from kelp.core.kv_events import BlocksCleared, KVEvent
+from kelp.core.kv_events import KVEvent
 from kelp.kv.events.codec import AllBlocksCleared, SnapshotExtension, TierDigest
 from kelp.kv.events.residency import StreamDigest
 from kelp.router.batch_order import BatchOrder
@@ -296,5 +296,4 @@ class Subscription:
         for part in parts:
             self._digest.apply(part)
         self._settle(now_s)
-        # An empty snapshot is news too: from now on the index knows that this worker publishes.
-        return [Forget(), *map(Apply, [(BlocksCleared(),), *parts]), *self._advance(now_s)]
+        return [Forget(), *map(Apply, parts), *self._advance(now_s)]

@@ -84,6 +84,7 @@ class Tokenizer:
         )
         document = json.loads(self._tokenizer.to_str())
         self._longest_token_bytes = longest_token_bytes(document)
+        self._piece_bytes: dict[int, bytes] = {}
         decoders = _decoder_types(document["decoder"])
         self.is_byte_level = bool(decoders) and set(decoders) <= {"ByteLevel", "Fuse"}
         self.has_byte_fallback = "ByteFallback" in decoders
@@ -126,6 +127,12 @@ class Tokenizer:
 
         Added tokens may hold characters outside the alphabet, such as spaces; those are spelled plainly.
         """
+        spelled = self._piece_bytes.get(token_id)
+        if spelled is None:
+            spelled = self._piece_bytes[token_id] = self._spell(token_id)
+        return spelled
+
+    def _spell(self, token_id: int) -> bytes:
         piece = self.piece(token_id)
         if piece is None:
             return b""

@@ -100,8 +100,10 @@ class Rates:
         if missing > 0:
             self.slowness = np.concatenate([self.slowness, np.ones(missing)])
             self._observed_of.extend([0] * missing)
-        self.slowness[slot] = 1.0
         self._observed_of[slot] = 0
+        # Not 1: what all workers have in common may be in their factors as well as in the coefficients.
+        measured = np.array(self._observed_of) > 0
+        self.slowness[slot] = math.exp(float(np.log(self.slowness[measured]).mean())) if measured.any() else 1.0
 
     def seconds(self, slot: int, work: Work) -> float:
         """What this work would take there."""

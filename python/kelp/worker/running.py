@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Collection, Coroutine, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
-ResultT = TypeVar("ResultT")
 _MAX_EARLY = 1024
 """Cancellations kept for requests that have not come yet, or never will; the oldest are forgotten."""
 
@@ -25,14 +24,15 @@ class RunningRequests:
         self._early: deque[str] = deque(maxlen=_MAX_EARLY)
 
     @contextmanager
-    def running(self, request_id: str, work: Coroutine[Any, Any, ResultT]) -> Iterator[asyncio.Task[ResultT]]:
-        """Run a request as a task that `cancel` finds."""
-        task = asyncio.ensure_future(work)
-        self._tasks[task] = request_id
+    def running(self, request_id: str) -> Iterator[Callable[[], None]]:
+        """While the block runs, `cancel` finds the task it runs in; yields what cancels that one, and nothing later."""
+        task = asyncio.current_task()
+        assert task is not None
         if request_id in self._early:
-            task.cancel()
+            raise asyncio.CancelledError
+        self._tasks[task] = request_id
         try:
-            yield task
+            yield lambda: self._cancel_task(task)
         finally:
             del self._tasks[task]
 
@@ -43,6 +43,10 @@ class RunningRequests:
             task.cancel()
         if not found:
             self._early.append(request_id)
+
+    def _cancel_task(self, task: asyncio.Task[Any]) -> None:
+        if task in self._tasks:
+            task.cancel()
 
     async def cancel_all(self) -> None:
         """Cancel everything and wait until it has let go of what it holds."""

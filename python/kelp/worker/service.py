@@ -20,7 +20,7 @@ from kelp.core.metrics import ACCEPTED_TOKENS, BLOCKS, DRAFT_TOKENS, LEASES, RUN
 from kelp.core.outbox import Outbox
 from kelp.core.types import Role, SequenceHash, WorkerState
 from kelp.core.wire import decode_message, encode_message
-from kelp.executor.base import Completed, Executor, ExecutorRequest
+from kelp.executor.base import Executor, ExecutorRequest
 from kelp.kv.events import EventPublisher
 from kelp.kv.handoff import HandoffReader, HandoffServer
 from kelp.registry.base import LayoutRecord, Registry, WorkerRecord
@@ -147,20 +147,21 @@ class WorkerService:
         stream = RequestStream(exchange, self._outbox, self._parts.clock)
         # A retried request may come back while its first attempt still winds down: ids are per attempt.
         request_id = f"{command.request_id}#{uuid.uuid4().hex[:8]}"
-        work = self._run(command, self._request(command, request_id, prompt, stream), stream)
+        request = self._request(command, request_id, prompt, stream)
         loop = asyncio.get_running_loop()
         self._streams[request_id] = stream
         try:
             with (
-                self._running.running(command.request_id, work) as task,
-                self._cancel_watch.watching(exchange, lambda: loop.call_soon_threadsafe(task.cancel)),
+                self._running.running(command.request_id) as cancel,
+                self._cancel_watch.watching(exchange, lambda: loop.call_soon_threadsafe(cancel)),
             ):
-                finished = await task
+                finished = await self._run(command, request, stream)
         except asyncio.CancelledError:
             raise self._why_cancelled() from None
         finally:
             del self._streams[request_id]
-        await stream.finish(finished)
+        if finished is not None:
+            await stream.finish(finished)
 
     def _why_cancelled(self) -> KelpError:
         if self._state is WorkerState.GONE:
@@ -188,22 +189,22 @@ class WorkerService:
             lora_digest=command.lora_digest,
         )
 
-    async def _run(self, command: GenerateCommand, request: ExecutorRequest, stream: RequestStream) -> Finished:
+    async def _run(self, command: GenerateCommand, request: ExecutorRequest, stream: RequestStream) -> Finished | None:
+        """Run to the end; returns the last message, None if it has been sent."""
         executor = self._parts.executor
         if command.role is Role.PREFILL:
             return await run_prefill(executor, self._parts.handoffs, command, request, stream)
         if command.role is Role.DECODE:
             run = DecodeRun(executor, self._parts.reader, command, self._quarantined)
             return await run.run(request, stream)
+        stream.end_with_executor()
         executor.submit(request)
         try:
-            async for event in stream.events():
-                if isinstance(event, Completed):
-                    return stream.completed(event)
+            await stream.wait_over()
         except BaseException:
             executor.abort(request.request_id)
             raise
-        raise WorkerLost("the executor let go of the request without completing it")
+        return None
 
     async def _drain(self, timeout_s: float) -> None:
         self._state = WorkerState.DRAINING

@@ -33,9 +33,10 @@ class RequestStream:
         self._exchange = exchange
         self._clock = clock
         self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[ExecutorEvent] = asyncio.Queue()
+        self._events: asyncio.Queue[ExecutorEvent | None] = asyncio.Queue()
         self._lane: Lane[StreamItem] = outbox.lane(self._send)
         self._sent_last = asyncio.Event()
+        self._ends_with_executor = False
         self._has_sent_tokens = False
         self.first: Tokens | None = None
         self.usage = RequestUsage()
@@ -50,12 +51,32 @@ class RequestStream:
         elif isinstance(event, Tokens):
             self.first = self.first or event
             self._lane.put(event)
+        elif self._ends_with_executor and isinstance(event, Completed):
+            self._lane.put(self.completed(event))
         else:
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
     def keep_alive(self) -> None:
         """Send an empty response: the router sees that the worker lives while the request waits."""
         self._lane.put(Tokens((), ()))
+
+    def end_with_executor(self) -> None:
+        """The request is over when the executor says so: its end goes out with the last tokens, past the loop."""
+        self._ends_with_executor = True
+
+    async def wait_over(self) -> None:
+        """After `end_with_executor`: returns when the last response has gone out.
+
+        Raises:
+            KelpError: The executor failed the request.
+        """
+        try:
+            event = await self._events.get()
+        except BaseException:
+            self._ends_with_executor = False
+            raise
+        if isinstance(event, Failed):
+            raise event.error
 
     async def events(self) -> AsyncIterator[ExecutorEvent]:
         """Events but tokens and admission, in order, until the executor has let go of the request.
@@ -65,6 +86,7 @@ class RequestStream:
         """
         while True:
             event = await self._events.get()
+            assert event is not None
             if isinstance(event, Failed):
                 raise event.error
             yield event
@@ -109,7 +131,12 @@ class RequestStream:
             self._exchange.send(outputs, is_final=finished is not None)
         finally:
             if finished is not None:
-                self._loop.call_soon_threadsafe(self._sent_last.set)
+                self._loop.call_soon_threadsafe(self._note_sent_last)
+
+    def _note_sent_last(self) -> None:
+        self._sent_last.set()
+        if self._ends_with_executor:
+            self._events.put_nowait(None)
 
     def _progress(self) -> Progress:
         first_token_ns = self.timings.first_token_ns or self._clock.wall_ns()

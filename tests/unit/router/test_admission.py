@@ -16,6 +16,7 @@ from kelp.core.metrics import QUEUE_WAIT, Metrics
 from kelp.registry.base import WorkerRecord
 from kelp.router.placement import Placement
 from kelp.router.request import RoutingRequest
+from kelp.router.selector import Decision
 from support.virtual_time import run_in_virtual_time
 
 
@@ -267,5 +268,28 @@ def test_who_waits_for_workers_that_all_go_hears_that_there_are_none() -> None:
         counter.desk.placer.update()
         with pytest.raises(CapacityError, match="no decode worker is ready"):
             await second
+
+    play(scene)
+
+
+def test_a_place_that_falls_free_costs_few_decisions_however_many_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene() -> None:
+        counter = Counter(prefill_record(max_running=1), record("d1", max_running=100))
+        counter.desk = open_desk(counter.workers, counter.metrics, counter.clock, disaggregation="always")
+        first = await counter.ask("1")
+        waiting = [await counter.ask(f"w{number}") for number in range(20)]
+        num_selected = 0
+        select = counter.desk.selector.select
+
+        def counted(*arguments: object, **options: object) -> Decision:
+            nonlocal num_selected
+            num_selected += 1
+            return select(*arguments, **options)
+
+        monkeypatch.setattr(counter.desk.selector, "select", counted)
+        first.result().end(is_completed=True)
+        await settle()
+        assert [task.done() for task in waiting] == [True] + [False] * 19
+        assert 1 <= num_selected <= 3
 
     play(scene)

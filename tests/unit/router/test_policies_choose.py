@@ -24,7 +24,6 @@ def _costs(num_prompt: int = 160, **columns: object) -> Costs:
         "request": RoutingRequest(num_prompt, [b"x" * 16] * (num_prompt // 16), "r"),
         "overlap_tiers": None,
         "is_measured": True,
-        "num_output": 101.0,
         "usual_output": 101.0,
         "computes_prompt": True,
         "block_size": np.full(2, 16.0),
@@ -103,6 +102,12 @@ def test_kelp_waits_for_the_cache_exactly_as_long_as_it_pays() -> None:
     assert _chosen("kelp", cached_late, **parameters) == {0: 40}
 
 
+def test_kelp_spares_the_prompts_that_a_shorter_one_would_pass() -> None:
+    costs = _costs(ttft_s=[0.5, 0.6], hold_up_s=[0.3, 0.0])
+    assert _chosen("kelp", costs) == {1: 40}
+    assert _chosen("kelp", costs, hold_up_weight=0.0) == {0: 40}
+
+
 def test_kelp_spares_the_answers_that_a_prompt_would_hold_up() -> None:
     assert _chosen("kelp", _costs(compute_s=[1.0, 1.0], active=[20, 10])) == {1: 40}
 
@@ -117,7 +122,7 @@ def test_kelp_uses_blocks_before_seconds_are_measured() -> None:
 
 
 def test_a_discount_decides_between_otherwise_equal_workers() -> None:
-    costs = _costs(active=[2, 2], kv_tokens=[160, 160], queue_s=[1.0, 1.0], factor=[1.0, 0.8])
+    costs = _costs(active=[2, 2], kv_tokens=[160, 160], ttft_s=[1.0, 1.0], factor=[1.0, 0.8])
     assert {policy: _chosen(policy, costs) for policy in ("kelp", "dynamo", "least-loaded")} == {
         "kelp": {1: 40},
         "dynamo": {1: 40},

@@ -84,3 +84,11 @@ def test_handoffs_are_learned_from_what_requests_tell() -> None:
         rig.place(request)
         rig.selector.transferred(request.request_id, 1.0)
     assert rig.selector.rates.handoff_s(100) > 2 * before
+
+
+def test_a_burst_of_handed_over_prompts_spreads_over_decode_workers_before_any_of_them_generates() -> None:
+    rig = Rig([worker("p", Role.PREFILL), worker("d", Role.DECODE)], disaggregation="always")
+    rig.learn()
+    rig.selector.set_workers([worker("p", Role.PREFILL), worker("d", Role.DECODE), worker("e", Role.DECODE)])
+    places = [rig.place().decode.worker_id for _ in range(8)]
+    assert min(places.count("d"), places.count("e")) >= 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kelp.core.config import EventsConfig
-from kelp.core.kv_events import BlocksCleared, BlocksStored
+from kelp.core.kv_events import BlocksStored
 from kelp.kv.events.codec import AllBlocksCleared, BlockRemoved, SnapshotExtension
 from kelp.kv.events.residency import StreamDigest
 from kelp.router.subscription import Subscription
@@ -46,7 +46,7 @@ def live(as_of: int = 0) -> Subscription:
     assert subscription.start(0.0) == [AskSnapshot(1)]
     assert subscription.state is SubscriptionState.RECOVERING
     actions = subscription.on_part(1, as_of, WHOLE, (), 0.0)
-    assert (actions[0], applied(actions)) == (Forget(), [BlocksCleared()])
+    assert (actions[0], applied(actions)) == (Forget(), [])
     assert subscription.state is SubscriptionState.LIVE
     return subscription
 
@@ -95,7 +95,7 @@ def test_a_replay_with_a_hole_becomes_a_snapshot() -> None:
     subscription = live()
     subscription.on_batch(own(9), 0.0)
     assert subscription.on_replayed(2, own(5), 0.0) == [AskSnapshot(3)]
-    assert applied(subscription.on_part(3, 8, WHOLE, stored(1), 0.0)) == [BlocksCleared(), *stored(1), *stored(9)]
+    assert applied(subscription.on_part(3, 8, WHOLE, stored(1), 0.0)) == [*stored(1), *stored(9)]
     assert subscription.state is SubscriptionState.LIVE
 
 
@@ -103,7 +103,7 @@ def test_live_batches_wait_while_a_snapshot_is_on_its_way() -> None:
     subscription = Subscription(CONFIG, can_ask=True)
     subscription.start(0.0)
     assert subscription.on_batch(own(4), 0.0) == subscription.on_batch(own(5), 0.0) == []
-    assert applied(subscription.on_part(1, 4, WHOLE, stored(1), 0.0)) == [BlocksCleared(), *stored(1), *stored(5)]
+    assert applied(subscription.on_part(1, 4, WHOLE, stored(1), 0.0)) == [*stored(1), *stored(5)]
 
 
 def test_a_snapshot_with_a_part_missing_is_not_used() -> None:

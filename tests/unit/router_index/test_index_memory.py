@@ -82,14 +82,14 @@ def test_beyond_the_budget_chains_that_nothing_matched_are_forgotten_first():
     assert depths(index.match(_fresh(299 * 40, 40))) == {1: 40}
 
 
-def test_workers_whose_blocks_were_forgotten_count_as_approximate_until_they_start_over():
+def test_workers_whose_blocks_were_forgotten_count_as_truncated_until_they_start_over():
     index = KVIndex(FakeClock(), max_bytes=MIN_BYTES)
     for number in range(60):
         index.apply(number % 2, BlocksStored(_fresh(number * 40, 40), None))
-    assert index.num_approximate == 2
+    assert index.is_truncated(0) and index.is_truncated(1)
     index.apply(0, BlocksCleared())
     index.clear(1)
-    assert index.num_approximate == 0
+    assert not index.is_truncated(0) and not index.is_truncated(1)
 
 
 def test_one_event_larger_than_the_budget_is_not_kept():
@@ -97,7 +97,7 @@ def test_one_event_larger_than_the_budget_is_not_kept():
     huge = _fresh(0, 20_000)
     index.apply(0, BlocksStored(huge, None))
     assert index.num_bytes <= MIN_BYTES
-    assert index.num_approximate == 1
+    assert index.is_truncated(0)
     assert depths(index.match(huge)).get(0, 0) < 20_000
 
 

@@ -75,16 +75,6 @@ def test_a_request_that_failed_takes_its_expectation_back(index):
     assert rows(index.match(_A)) == {0: (4, 4, 4, 4, 0)}
 
 
-def test_a_worker_counts_as_approximate_until_it_publishes(index):
-    index.expect(0, _A)
-    index.expect(1, _A)
-    assert index.num_approximate == 2
-    index.apply(0, BlocksStored(_A, None))
-    assert index.num_approximate == 1
-    index.clear(1)
-    assert index.num_approximate == 0
-
-
 def test_thousands_of_confirmed_expectations_leave_nothing_behind(index, clock):
     for number in range(3000):
         clock.advance(0.001)

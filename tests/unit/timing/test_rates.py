@@ -77,7 +77,14 @@ def test_a_slot_that_is_used_again_forgets_its_worker() -> None:
     rates = _rates(2)
     _teach(rates, [0.5, 1.5], 50)
     rates.begin(1)
-    assert rates.slowness[1] == 1.0
+    assert rates.slowness[1] == pytest.approx(rates.slowness[0])
+
+
+def test_a_second_worker_is_as_fast_as_the_first_one() -> None:
+    rates = _rates(1)
+    _teach(rates, [0.7], 30)
+    rates.begin(1)
+    assert rates.slowness[1] == pytest.approx(rates.slowness[0])
 
 
 def test_a_worker_that_slows_down_is_noticed() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import grpc
@@ -32,7 +32,7 @@ class Reply:
 
     def __init__(self) -> None:
         self._items: deque[RawTensors | KelpError] = deque()
-        self._has_news = asyncio.Event()
+        self._reader: asyncio.Future[None] | None = None
         self._ended = asyncio.Event()
 
     @property
@@ -40,21 +40,25 @@ class Reply:
         """Whether Triton holds nothing of the request any more."""
         return self._ended.is_set()
 
-    async def __aiter__(self) -> AsyncIterator[RawTensors]:
-        """Responses in order.
+    def __aiter__(self) -> Reply:
+        """Responses in order, for one reader. No generator: that costs more than a response is long."""
+        return self
+
+    async def __anext__(self) -> RawTensors:
+        """The next response.
 
         Raises:
             KelpError: The worker's typed error, or WorkerLost when the connection broke.
         """
-        while self._items or not self.has_ended:
-            if not self._items:
-                self._has_news.clear()
-                await self._has_news.wait()
-                continue
-            item = self._items.popleft()
-            if isinstance(item, KelpError):
-                raise item
-            yield item
+        while not self._items:
+            if self.has_ended:
+                raise StopAsyncIteration
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+        item = self._items.popleft()
+        if isinstance(item, KelpError):
+            raise item
+        return item
 
     async def wait_ended(self, timeout_s: float) -> bool:
         """Wait for the end, whoever reads; False if it does not come."""
@@ -67,12 +71,16 @@ class Reply:
     def put(self, item: RawTensors | KelpError) -> None:
         """A response has come, or an error that is the last."""
         self._items.append(item)
-        self._has_news.set()
+        self._wake_reader()
 
     def end(self) -> None:
         """No further response comes."""
         self._ended.set()
-        self._has_news.set()
+        self._wake_reader()
+
+    def _wake_reader(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
 
 class SharedStream:

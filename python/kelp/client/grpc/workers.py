@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import struct
-from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -85,10 +84,13 @@ class GrpcWorkerStream:
         self._is_closing = False
         self._has_finished = False
 
-    async def __aiter__(self) -> AsyncIterator[WorkerOutput]:
+    def __aiter__(self) -> GrpcWorkerStream:
         """See `WorkerStream`."""
-        async for tensors in self._reply:
-            yield self._output(tensors)
+        return self
+
+    async def __anext__(self) -> WorkerOutput:
+        """See `WorkerStream`."""
+        return self._output(await self._reply.__anext__())
 
     async def close(self) -> None:
         """See `WorkerStream`."""

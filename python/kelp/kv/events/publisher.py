@@ -20,7 +20,7 @@ from kelp.kv.events.answers import AnswerDesk
 from kelp.kv.events.stream import EventStream, StreamMessage
 
 _BUSY_POLL_S = 0.005
-_QUIET_FLUSHES = 20
+_QUIET_FLUSHES = 4
 """Waking a thread is a system call of the engine's: while events keep coming this one looks by itself."""
 _PUB_HWM = 100_000
 _log = logging.getLogger(__name__)

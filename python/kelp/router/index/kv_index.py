@@ -2,7 +2,7 @@
 
 The answer is exact: equal to asking every worker for every block. Where the budget does not allow that, chains that no
 prompt has matched for longest are forgotten whole. Then workers have more than the index says, never less, those
-workers count as approximate, and their later events are taken as far as blocks are still known.
+workers count as truncated, and their later events are taken as far as blocks are still known.
 
 Must not know of requests, wire formats or the network.
 """
@@ -65,8 +65,6 @@ class KVIndex:
         self._store = ChainStore()
         self._predictions = Predictions(self._store, clock or SystemClock(), ttl_s, max_bytes // 8)
         self._slot_sets = SlotSets(max_bytes // 64)
-        self._publishing: set[int] = set()
-        self._guessed: set[int] = set()
         self._truncated: set[int] = set()
         self._num_slots = 0
         self._slack_bytes = 0
@@ -76,11 +74,6 @@ class KVIndex:
     def num_blocks(self) -> int:
         """Different blocks."""
         return len(self._store.blocks)
-
-    @property
-    def num_approximate(self) -> int:
-        """Workers that may hold other blocks than the index says: without events, or more than the budget allows."""
-        return len((self._guessed - self._publishing) | self._truncated)
 
     @property
     def num_predictions_cut_short(self) -> int:
@@ -105,11 +98,13 @@ class KVIndex:
             + self._predictions.num_bytes
         )
 
+    def is_truncated(self, slot: int) -> bool:
+        """Whether the worker reported more blocks than the budget allowed to keep."""
+        return slot in self._truncated
+
     def apply(self, slot: int, event: KVEvent) -> None:
         """See `OverlapIndex`."""
-        if slot not in self._publishing:
-            self._meet(slot)
-            self._publishing.add(slot)
+        self._meet(slot)
         if isinstance(event, BlocksStored):
             spans = self._store.store(cell_of(slot, event.tier), event.hashes, event.parent)
             if self._predictions and event.tier == Tier.DEVICE:
@@ -130,13 +125,10 @@ class KVIndex:
     def clear(self, slot: int) -> None:
         """See `OverlapIndex`."""
         self._empty(slot)
-        for members in (self._publishing, self._guessed):
-            members.discard(slot)
 
     def expect(self, slot: int, hashes: Sequence[SequenceHash]) -> None:
         """See `OverlapIndex`."""
         self._meet(slot)
-        self._guessed.add(slot)
         self._predictions.expire()
         self._predictions.expect(slot, hashes)
         self._shed()

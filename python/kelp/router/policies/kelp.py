@@ -1,10 +1,17 @@
 """kelp's policy: predicted seconds, this request's and those that it costs everybody else.
 
-its time to first token
-+ the worker's time that its prompt takes: requests still to come wait for it as well
-+ by how much it makes tokens late: a prompt holds up all sequences of its worker. A short answer suffers most, as
-  its mean time between tokens has few tokens to spread the wait over; so its worker is spared, and it keeps away
-  from workers with much to compute itself.
+The sum of
+
+- its time to first token
+- by how much longer prompts wait that are there already (`router.prompt_order`: where a short prompt passes a long
+  one, the long one pays)
+- the worker's time that its prompt takes: requests still to come wait for it as well. This is what keeps requests
+  near their blocks where queues are empty, and long prompts on fast workers
+- by how much it makes tokens late: its prompt holds up every answer of its worker, the shorter the more, as a short
+  one has few tokens to spread the wait over; and its own tokens come slower where many are generated.
+
+A second counts as a second, whoever waits for it. Nothing is said of caches that are too small: a worker that has lost
+a prefix offers less overlap, which costs its seconds.
 """
 
 from __future__ import annotations
@@ -27,17 +34,15 @@ class KelpPolicy:
     """Weights of the terms, in seconds of time to first token.
 
     Attributes:
+        hold_up_weight: Of a second that a prompt which is there already waits longer.
         work_weight: Of a second of the worker's time that the prompt takes.
         itl_weight: Of a second that the mean time between a request's tokens grows by.
-        own_share: Of what waits before the prompt, this much is left to hold up the request's own tokens.
         temperature: See `lowest`.
     """
 
-    work_weight: float = 1.5
+    hold_up_weight: float = 1.0
+    work_weight: float = 1.0
     itl_weight: float = 8.0
-    own_share: float = 0.15
-    fifo: float = 1.0
-    pending_weight: float = 0.0
     temperature: float = 0.0
 
     def choose(self, costs: Costs, rng: Random) -> int:
@@ -47,9 +52,11 @@ class KelpPolicy:
 
     def cost(self, costs: Costs) -> npt.NDArray[np.float64]:
         """`[n]`, seconds."""
-        itl_of_others_s = costs.compute_s * costs.active / max(costs.usual_output - 1.0, 1.0)
-        own_itl_s = costs.itl_s + costs.queue_s * (self.own_share / max(costs.num_output - 1.0, 1.0))
+        stall_weight = self.itl_weight / max(costs.usual_output - 1.0, 1.0)
         cost: npt.NDArray[np.float64] = (
-            costs.ttft_s - (1.0 - self.fifo) * (costs.queue_s - costs.shared_s) + self.pending_weight * costs.shared_s + self.work_weight * costs.compute_s + self.itl_weight * (itl_of_others_s + own_itl_s)
+            costs.ttft_s
+            + self.hold_up_weight * costs.hold_up_s
+            + costs.compute_s * (self.work_weight + stall_weight * costs.active)
+            + self.itl_weight * costs.itl_s
         )
         return cost * costs.factor
