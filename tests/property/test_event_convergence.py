@@ -100,10 +100,9 @@ class Network:
     def deliver(self) -> None:
         if self.is_cruel and self.chance.random() < 0.3:
             self.chance.shuffle(self.waiting)
-        waiting, self.waiting = self.waiting, []
+        (waiting, self.waiting), (late, self.late) = (self.waiting, []), (self.late, [])
         for frames in waiting:
             self.router.live(frames)
-        late, self.late = self.late, []
         for attempt, frames in late:
             self.router.answer(attempt, frames)
 
@@ -113,11 +112,11 @@ class Network:
             if self.is_cruel and self.chance.random() < 0.2:
                 return
             copies = 2 if self.is_cruel and self.chance.random() < 0.1 else 1
-            if is_late:
-                self.late += [(attempt, frames)] * copies
-                continue
             for _ in range(copies):
-                self.router.answer(attempt, frames)
+                if is_late:
+                    self.late.append((attempt, frames))
+                else:
+                    self.router.answer(attempt, frames)
 
 
 def play(scene: OwnScene | ForeignScene, steps: dict[str, int], num_steps: int) -> None:
@@ -248,8 +247,7 @@ class ForeignScene:
         self.network.send(self.engine.clear())
 
     def restart(self) -> None:
-        self.network.waiting.clear()
-        self.network.late.clear()
+        self.network = Network(self.router, self.chance)
         self.engine = ForeignEngine(self.engine.ts + 1000.0, self.ring)
         self.router.live(self.engine.clear())
 

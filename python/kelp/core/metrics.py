@@ -55,9 +55,7 @@ QUEUE_WAIT = MetricFamily("kelp_router_queue_seconds", "histogram", "Time in the
 STALE_ROUTERS = MetricFamily("kelp_routers_stale", "gauge", "Other routers whose requests are not known well enough")
 KNOWN_ROUTERS = MetricFamily("kelp_routers_known", "gauge", "Other routers of the same workers")
 INDEX_BYTES = MetricFamily("kelp_index_bytes", "gauge", "Estimated memory of the prefix index")
-APPROXIMATE_WORKERS = MetricFamily(
-    "kelp_approximate_workers", "gauge", "Workers whose blocks are partly guessed"
-)
+APPROXIMATE_WORKERS = MetricFamily("kelp_approximate_workers", "gauge", "Workers whose blocks are partly guessed")
 KV_EVENT_BLOCKS = MetricFamily("kelp_kv_event_blocks_total", "counter", "Blocks that workers reported, by kind")
 KV_EVENT_DROPPED = MetricFamily("kelp_kv_event_dropped_total", "counter", "KV events not used, by reason")
 KV_EVENT_RECOVERIES = MetricFamily(

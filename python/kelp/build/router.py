@@ -1,0 +1,83 @@
+"""The `llm` model."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from kelp.client.grpc import GrpcWorkerClient
+from kelp.core.cancel_watch import CancelWatch
+from kelp.core.clock import SystemClock
+from kelp.core.config import KelpConfig
+from kelp.core.metrics import Metrics
+from kelp.core.outbox import Outbox
+from kelp.registry.directory import DirectoryRegistry, RouterDirectory
+from kelp.registry.view import RegistryView
+from kelp.router.attempt import AttemptParts
+from kelp.router.relay import RelayItem
+from kelp.router.service import Preprocess, RouterParts, RouterService, StreamCloser
+from kelp.router.stack import RoutingStack
+from kelp.text.detokenizer import Detokenizer, new_detokenizer
+from kelp.text.stop_words import StopWords
+from kelp.text.tokenizer import Tokenizer
+
+_VIEW_REFRESHES_PER_HEARTBEAT = 4
+
+
+class ModelText:
+    """Text parts of the served model; implements `router.service.TextFactory`."""
+
+    def __init__(self, model_folder: Path) -> None:
+        self._tokenizer = Tokenizer(model_folder)
+        self.eos_token_ids = frozenset(self._tokenizer.eos_token_ids)
+
+    def detokenizer(self) -> Detokenizer:
+        """See `TextFactory`."""
+        return new_detokenizer(self._tokenizer)
+
+    def stop_matcher(self, words: tuple[str, ...]) -> StopWords:
+        """See `TextFactory`."""
+        return StopWords(words)
+
+
+class RouterAssembly:
+    """The router with everything that runs beside it; made and used on one event loop."""
+
+    def __init__(self, config: KelpConfig, router_id: str, preprocess: Preprocess, metrics: Metrics) -> None:
+        clock = SystemClock()
+        folder, expiry_s = config.registry.path, config.registry.expiry_s
+        routers = RouterDirectory(folder, expiry_s)
+        routers.sweep()
+        view = RegistryView(
+            DirectoryRegistry(folder, expiry_s), config.registry.heartbeat_s / _VIEW_REFRESHES_PER_HEARTBEAT
+        )
+        self._stack = RoutingStack(config, router_id, view, routers, clock, metrics)
+        self._client = GrpcWorkerClient()
+        self._closer = StreamCloser()
+        self._outbox: Outbox[RelayItem] = Outbox("kelp-relay")
+        self._cancel_watch = CancelWatch(config.router.cancel_poll_s)
+        attempts = AttemptParts(self._client, view, clock, config.router.idle_timeout_s, self._closer.retire)
+        parts = RouterParts(
+            preprocess=preprocess,
+            text=ModelText(config.model.path),
+            placer=self._stack.placer,
+            attempts=attempts,
+            cancel_watch=self._cancel_watch,
+            outbox=self._outbox,
+            clock=clock,
+            metrics=metrics,
+            explain=self._stack.explain,
+        )
+        self.service = RouterService(parts, config.router)
+
+    async def start(self) -> None:
+        """Read the registry and keep reading it; follow the workers and the other routers."""
+        await self._stack.start()
+
+    async def stop(self) -> None:
+        """Let go of connections and threads."""
+        await self._stack.stop()
+        await self._closer.wait()
+        await self._client.close()
+        await asyncio.to_thread(self._cancel_watch.close)
+        await asyncio.to_thread(self._outbox.close)

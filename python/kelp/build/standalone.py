@@ -1,0 +1,87 @@
+"""`kelp router`: the decision alone."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from itertools import islice
+
+from kelp.core.clock import SystemClock
+from kelp.core.config import KelpConfig
+from kelp.core.errors import NotFound
+from kelp.core.metrics import Metrics
+from kelp.core.types import Tier
+from kelp.registry.directory import DirectoryRegistry, RouterDirectory
+from kelp.registry.memory import JoinedRegistry, MemoryRegistry
+from kelp.registry.view import RegistryView
+from kelp.router.api.exposition import Exposition
+from kelp.router.api.messages import Dump, DumpRequest
+from kelp.router.api.operations import ApiParts, Operations
+from kelp.router.api.reservations import Reservations
+from kelp.router.api.server import RouterServer
+from kelp.router.stack import RoutingStack
+
+_VIEW_REFRESHES_PER_HEARTBEAT = 4
+_PAGE_BLOCKS = 16_384
+
+
+def build_router_server(config: KelpConfig, name: str) -> RouterServer:
+    """The server of `kelp router`; to be made on its event loop.
+
+    Args:
+        config: As for the `llm` model; workers are found in its registry, and may register themselves.
+        name: Tells this router from others of the same workers on this host.
+    """
+    clock, metrics = SystemClock(), Metrics()
+    folder, expiry_s = config.registry.path, config.registry.expiry_s
+    registered = MemoryRegistry(expiry_s, clock)
+    routers = RouterDirectory(folder, expiry_s)
+    routers.sweep()
+    view = RegistryView(
+        JoinedRegistry(registered, DirectoryRegistry(folder, expiry_s)),
+        config.registry.heartbeat_s / _VIEW_REFRESHES_PER_HEARTBEAT,
+    )
+    stack = RoutingStack(config, f"{socket.gethostname()}/{name}", view, routers, clock, metrics)
+    routing = config.routing
+    reservations = Reservations(stack.ledger, clock, routing.reservation_ttl_s, routing.lease_ttl_s)
+    parts = ApiParts(
+        selector=stack.selector,
+        table=stack.table,
+        reservations=reservations,
+        registry=registered,
+        refresh=lambda: _soon(view),
+        dump=lambda asked: _dump(stack, reservations, asked),
+        clock=clock,
+    )
+    return RouterServer(Operations(parts), stack, Exposition(metrics).text)
+
+
+def _soon(view: RegistryView) -> None:
+    refreshing = asyncio.ensure_future(view.refresh())
+    refreshing.add_done_callback(lambda task: task.exception())
+
+
+def _dump(stack: RoutingStack, reservations: Reservations, asked: DumpRequest) -> Dump:
+    index, table = stack.index, stack.table
+    slots = {table.record(slot).worker_id: slot for slot in table.slots()}
+    hashes: tuple[tuple[str, ...], ...] = ()
+    if asked.worker_id:
+        if asked.worker_id not in slots:
+            raise NotFound(f"worker_id: {asked.worker_id!r} is not known; there are: {', '.join(slots) or 'none'}")
+        slot, end = slots[asked.worker_id], asked.offset + _PAGE_BLOCKS
+        hashes = tuple(
+            tuple(name.hex() for name in islice(index.holdings(slot, tier), asked.offset, end)) for tier in Tier
+        )
+    return Dump(
+        requests=reservations.request_ids,
+        index={
+            "num_blocks": index.num_blocks,
+            "num_bytes": index.num_bytes,
+            "num_approximate_workers": stack.num_approximate,
+        },
+        num_blocks={
+            worker_id: tuple(sum(1 for _ in index.holdings(slot, tier)) for tier in Tier)
+            for worker_id, slot in slots.items()
+        },
+        hashes=hashes,
+    )

@@ -1,0 +1,56 @@
+"""A worker: its engine, its KV and what makes it visible."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+from kelp.core.clock import SystemClock
+from kelp.core.config import KelpConfig
+from kelp.core.metrics import Metrics
+from kelp.executor.base import Executor
+from kelp.kv.events import EventPublisher
+from kelp.kv.handoff import HandoffReader, HandoffServer
+from kelp.registry.directory import DirectoryRegistry
+from kelp.transport import open_agent
+from kelp.transport.layout import describe_pool, pool_region
+from kelp.worker.service import WorkerIdentity, WorkerParts, WorkerService
+
+
+def build_executor(config: KelpConfig) -> Executor:
+    """The engine of one worker; loads the weights."""
+    if config.executor.engine == "mock":
+        from kelp.executor.mock.load import load_mock_executor
+
+        return load_mock_executor(config.model.path, config.executor, config.mock)
+    from kelp.executor.torch.load import load_torch_executor
+    from kelp.executor.torch.options import TorchExecutorOptions
+
+    threads = config.executor.threads or max(1, (os.cpu_count() or 1) // config.server.workers_on_host)
+    options = TorchExecutorOptions.from_config(config.executor, config.executor.device, threads)
+    return load_torch_executor(config.model.path, replace(options, lora_adapters=config.model.lora_adapters))
+
+
+def build_worker(identity: WorkerIdentity, config: KelpConfig, metrics: Metrics) -> WorkerService:
+    """One worker; blocks while the model loads."""
+    executor = build_executor(config)
+    layout, memory = executor.layout, executor.pool_memory
+    agent = open_agent(config.handoff.transport, identity.worker_id)
+    region = pool_region(layout, memory.base_address, memory.device)
+    agent.register(region, memory.owner)
+    description = describe_pool(agent, layout, region, identity.worker_id, identity.epoch)
+    clock = SystemClock()
+    registry = DirectoryRegistry(config.registry.path, config.registry.expiry_s)
+    registry.sweep()
+    events = EventPublisher(identity.epoch, layout.block_size, config.events, clock) if config.events.enabled else None
+    parts = WorkerParts(
+        executor=executor,
+        handoffs=HandoffServer(description, config.handoff, clock),
+        reader=HandoffReader(agent, layout, config.handoff, clock),
+        agent=agent,
+        registry=registry,
+        clock=clock,
+        metrics=metrics,
+        events=events,
+    )
+    return WorkerService(identity, parts, config)
