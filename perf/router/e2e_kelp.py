@@ -1,7 +1,7 @@
 """kelp with mock workers that take no time: `kelp serve` as a user starts it, on free ports.
 
-A mock says its first token in a step of its own and the other 63 in the next: a Python loop over 64 steps of an engine
-that is not there would be a quarter of what is measured.
+A mock says its first token in a step of its own and the other 63 in the next: 62 more steps of an engine that is not
+there are no part of the request's way.
 """
 
 from __future__ import annotations
