@@ -10,10 +10,10 @@ from kelp.core.config import EventsConfig
 from kelp.core.metrics import Metrics
 from kelp.core.types import SequenceHash
 from kelp.registry.base import WorkerRecord
+from kelp.router.decision.workers import WorkerTable
+from kelp.router.feed.subscriber import EventFeed
+from kelp.router.feed.values import SubscriptionState
 from kelp.router.index.kv_index import KVIndex
-from kelp.router.subscriber import EventFeed
-from kelp.router.subscription_values import SubscriptionState
-from kelp.router.workers import WorkerTable
 from support.waiting import until
 
 

@@ -20,10 +20,10 @@ from kelp.kv.events.codec import ForeignEvent, decode_own, encode_batch
 from kelp.kv.events.frames import SNAPSHOT_REQUEST, encode_seq
 from kelp.kv.events.stream import EventStream
 from kelp.kv.events.translate import ForeignNames
+from kelp.router.feed.inbox import EventInbox
+from kelp.router.feed.subscription import Subscription
+from kelp.router.feed.values import Action, Apply, AskReplay, AskSnapshot, Forget, SubscriptionState
 from kelp.router.index.kv_index import KVIndex
-from kelp.router.subscription import Subscription
-from kelp.router.subscription_inbox import EventInbox
-from kelp.router.subscription_values import Action, Apply, AskReplay, AskSnapshot, Forget, SubscriptionState
 from support.event_doubles import END, ForeignEngine, Held, digest16
 
 CONFIG = EventsConfig(max_buffered_batches=16, max_queued_events=16, replay_batches=6, replay_bytes=65536)

@@ -10,8 +10,8 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kelp.router.replica_messages import ActiveLoad, Deltas, Snapshot, decode, encode
-from kelp.router.replicas import OwnLoads, PeerLoads
+from kelp.router.replicas.loads import OwnLoads, PeerLoads
+from kelp.router.replicas.messages import ActiveLoad, Deltas, Snapshot, decode, encode
 
 NAMES = ("a", "b", "c")
 LEASE_S, STALE_S, TICK_S = 30.0, 3.0, 1.0

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from kelp.core.errors import CapacityError
 from kelp.core.types import Role
-from kelp.router.policies.catalogue import POLICIES
-from kelp.router.selector import Decision, Ended, FirstToken
+from kelp.router.decision.policies.catalogue import POLICIES
+from kelp.router.decision.selector import Decision, Ended, FirstToken
 from support.selector_rig import Rig, worker
 
 NAMES = ("a", "b", "c", "p", "q")

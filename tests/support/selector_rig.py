@@ -12,10 +12,10 @@ from kelp.core.config import RoutingConfig
 from kelp.core.kv_events import KVEvent
 from kelp.core.types import Role, SequenceHash, WorkerState
 from kelp.registry.base import LayoutRecord, WorkerRecord
+from kelp.router.decision.request import RoutingRequest
+from kelp.router.decision.selector import Decision, Ended, FirstToken, Selector, SelectorMode
+from kelp.router.decision.workers import WorkerTable
 from kelp.router.index.base import Matches
-from kelp.router.request import RoutingRequest
-from kelp.router.selector import Decision, Ended, FirstToken, Selector, SelectorMode
-from kelp.router.workers import WorkerTable
 
 BLOCK_SIZE = 16
 

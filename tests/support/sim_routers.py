@@ -12,8 +12,8 @@ from kelp.core.errors import CapacityError
 from kelp.core.kv_events import BlocksStored, KVEvent
 from kelp.core.types import Role, SequenceHash, WorkerKey
 from kelp.registry.base import WorkerRecord
-from kelp.router.request import RoutingRequest
-from kelp.router.selector import Decision, Ended, FirstToken
+from kelp.router.decision.request import RoutingRequest
+from kelp.router.decision.selector import Decision, Ended, FirstToken
 from kelp.sim.requests import SimRequest, Workload
 
 BLOCK_SIZE = 16

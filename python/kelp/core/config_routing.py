@@ -9,14 +9,15 @@ from pydantic import Field
 from kelp.core.config_values import Group, Positive
 
 PolicyName = Literal["kelp", "dynamo", "sglang", "least-loaded", "round-robin", "random", "power-of-two"]
-"""How the router chooses a worker; `router.policies` describes each."""
+"""How the router chooses a worker; `router.decision.policies` describes each."""
 
 
 class RoutingConfig(Group):
     """How the router weighs workers and what it remembers of its decisions."""
 
     policy_parameters: dict[str, float] = {}
-    """Weights and thresholds of the chosen policy by field name; `router.policies` gives each policy's defaults."""
+    """Weights and thresholds of the chosen policy by field name; its module in `router.decision.policies` has the
+    defaults."""
     temperature: Annotated[float, Field(ge=0, le=100)] = 0.0
     """Above 0, a worker is drawn with odds that fall with its cost (softmax over the range of costs)."""
     reservation_ttl_s: Positive = 10.0

@@ -16,10 +16,10 @@ from kelp.core.errors import CapacityError
 from kelp.core.metrics import QUEUE_WAIT, Metrics
 from kelp.core.types import WorkerKey
 from kelp.router.capacity import Capacity, Fullness
+from kelp.router.decision.request import RoutingRequest
+from kelp.router.decision.selector import Decision, Ended, Selector
 from kelp.router.ledger import Ledger
 from kelp.router.queue import Waiting, WaitingQueue
-from kelp.router.request import RoutingRequest
-from kelp.router.selector import Decision, Ended, Selector
 
 _POLL_S = 0.25
 """Predicted prefill windows also pass with time alone, and deadlines do."""

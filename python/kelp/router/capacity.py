@@ -9,11 +9,11 @@ import numpy.typing as npt
 
 from kelp.core.config_replicas import QueueConfig
 from kelp.core.types import WorkerKey
-from kelp.router.eligibility import conditions_of, is_pinned
-from kelp.router.fleet import Fleet
-from kelp.router.load import Load
-from kelp.router.request import RoutingRequest
-from kelp.router.workers import WorkerTable
+from kelp.router.decision.eligibility import conditions_of, is_pinned
+from kelp.router.decision.fleet import Fleet
+from kelp.router.decision.load import Load
+from kelp.router.decision.request import RoutingRequest
+from kelp.router.decision.workers import WorkerTable
 
 
 class Fullness(NamedTuple):

@@ -14,7 +14,7 @@ from kelp.core.errors import DeadlineExceeded
 from kelp.core.messages import Finished, GenerateCommand, Progress, Rendezvous, SamplingParams
 from kelp.core.preprocess_messages import PreparedPrompt
 from kelp.core.types import FinishReason, Role
-from kelp.router.request import RoutingRequest
+from kelp.router.decision.request import RoutingRequest
 
 
 @dataclass(slots=True)

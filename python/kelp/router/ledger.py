@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kelp.core.metrics import DECISIONS, PREDICTED_BLOCKS, PROMPT_BLOCKS, TTFT_RATIO, Metrics
-from kelp.router.replica_messages import ActiveLoad
-from kelp.router.replicas import OwnLoads
-from kelp.router.selector import Decision, Ended, FirstToken, Selector
+from kelp.router.decision.selector import Decision, Ended, FirstToken, Selector
+from kelp.router.replicas.loads import OwnLoads
+from kelp.router.replicas.messages import ActiveLoad
 from kelp.timing.rates import Work
 
 

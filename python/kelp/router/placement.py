@@ -12,9 +12,9 @@ from kelp.core.messages import Finished, Progress, RequestTimings
 from kelp.core.types import WorkerKey
 from kelp.registry.base import WorkerRecord
 from kelp.router.admission import Admission
+from kelp.router.decision.request import RoutingRequest
+from kelp.router.decision.selector import Decision, Ended, FirstToken, Selector
 from kelp.router.ledger import Ledger
-from kelp.router.request import RoutingRequest
-from kelp.router.selector import Decision, Ended, FirstToken, Selector
 
 
 class WorkersView(Protocol):

@@ -26,10 +26,10 @@ from kelp.core.request_limits import RequestLimits, short_repr
 from kelp.core.request_routing import EXPLAIN, read_explained_id
 from kelp.router.attempt import AttemptParts
 from kelp.router.conversation import Conversation
+from kelp.router.decision.request import RoutingRequest
 from kelp.router.job import Job
 from kelp.router.placement import Placer
 from kelp.router.relay import Relay, RelayItem, RelayOptions
-from kelp.router.request import RoutingRequest
 from kelp.router.request_ids import RequestIds
 from kelp.router.sequence import SequenceParts
 from kelp.router.sequence_text import Detokenizer, SequenceText, StopMatcher

@@ -24,16 +24,16 @@ from kelp.registry.base import RouterRegistry
 from kelp.registry.view import RegistryView
 from kelp.router.admission import Admission
 from kelp.router.capacity import Capacity
+from kelp.router.decision.selector import Selector, SelectorMode
+from kelp.router.decision.workers import WorkerTable
+from kelp.router.feed.subscriber import EventFeed
+from kelp.router.feed.values import SubscriptionState
 from kelp.router.index.kv_index import KVIndex
 from kelp.router.ledger import Ledger
-from kelp.router.peer_load import PeerLoad
 from kelp.router.placement import Placer
-from kelp.router.replica_link import LinkParts, ReplicaLink
-from kelp.router.replicas import OwnLoads, PeerLoads
-from kelp.router.selector import Selector, SelectorMode
-from kelp.router.subscriber import EventFeed
-from kelp.router.subscription_values import SubscriptionState
-from kelp.router.workers import WorkerTable
+from kelp.router.replicas.link import LinkParts, ReplicaLink
+from kelp.router.replicas.loads import OwnLoads, PeerLoads
+from kelp.router.replicas.peer_load import PeerLoad
 
 _REPORT_S = 1.0
 

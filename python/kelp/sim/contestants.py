@@ -8,7 +8,7 @@ from typing import get_args
 
 from kelp.core.config import PolicyName
 from kelp.core.errors import ConfigError
-from kelp.router.policies.catalogue import new_policy
+from kelp.router.decision.policies.catalogue import new_policy
 
 ALL_POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
 

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass, field
 
 from kelp.core.types import WorkerKey
-from kelp.router.request import RoutingRequest
-from kelp.router.selector import FirstToken
+from kelp.router.decision.request import RoutingRequest
+from kelp.router.decision.selector import FirstToken
 from kelp.sim.members import Member
 from kelp.sim.requests import SimRequest
 from kelp.sim.routing import Routing

@@ -8,10 +8,10 @@ from kelp.core.clock import Clock
 from kelp.core.config import RoutingConfig
 from kelp.core.kv_events import KVEvent
 from kelp.core.types import WorkerKey
-from kelp.router.choosing import SelectorMode
+from kelp.router.decision.choosing import SelectorMode
+from kelp.router.decision.selector import Selector
+from kelp.router.decision.workers import WorkerTable
 from kelp.router.index.kv_index import KVIndex
-from kelp.router.selector import Selector
-from kelp.router.workers import WorkerTable
 from kelp.sim.contestants import Contestant
 from kelp.sim.routing import RoutingFactory
 

@@ -9,12 +9,12 @@ from kelp.core.clock import Clock
 from kelp.core.kv_events import KVEvent
 from kelp.core.types import WorkerKey
 from kelp.registry.base import WorkerRecord
-from kelp.router.request import RoutingRequest
-from kelp.router.selector import Decision, Ended, FirstToken
+from kelp.router.decision.request import RoutingRequest
+from kelp.router.decision.selector import Decision, Ended, FirstToken
 
 
 class Routing(Protocol):
-    """One router replica: `router.selector.Selector`, and the way of KV events to its index."""
+    """One router replica: `router.decision.selector.Selector`, and the way of KV events to its index."""
 
     def set_workers(self, records: Sequence[WorkerRecord]) -> None:
         """See `Selector`."""

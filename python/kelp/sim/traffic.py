@@ -11,7 +11,7 @@ import math
 
 from kelp.core.errors import CapacityError
 from kelp.core.types import Role, WorkerKey
-from kelp.router.selector import Decision, Ended, FirstToken
+from kelp.router.decision.selector import Decision, Ended, FirstToken
 from kelp.sim.agenda import Agenda
 from kelp.sim.fleet import FleetSpec
 from kelp.sim.job import Job, Leg

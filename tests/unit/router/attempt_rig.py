@@ -11,9 +11,9 @@ from kelp.core.messages import Finished
 from kelp.core.types import HandoffShape
 from kelp.registry.base import WorkerRecord
 from kelp.router.attempt import Attempt
+from kelp.router.decision.request import RoutingRequest
+from kelp.router.decision.selector import Decision
 from kelp.router.job import Job
-from kelp.router.request import RoutingRequest
-from kelp.router.selector import Decision
 from kelp.router.service import StreamCloser
 from support.virtual_time import run_in_virtual_time
 

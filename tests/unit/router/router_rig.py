@@ -36,15 +36,15 @@ from kelp.registry.base import LayoutRecord, WorkerRecord
 from kelp.router.admission import Admission
 from kelp.router.attempt import AttemptParts
 from kelp.router.capacity import Capacity
+from kelp.router.decision.selector import Decision, Selector, SelectorMode
+from kelp.router.decision.workers import WorkerTable
 from kelp.router.index.kv_index import KVIndex
 from kelp.router.job import Job
 from kelp.router.ledger import Ledger
 from kelp.router.placement import Placement, Placer
 from kelp.router.relay import RelayItem
-from kelp.router.replicas import OwnLoads
-from kelp.router.selector import Decision, Selector, SelectorMode
+from kelp.router.replicas.loads import OwnLoads
 from kelp.router.service import RouterParts, RouterService, StreamCloser
-from kelp.router.workers import WorkerTable
 from kelp.text.stop_words import StopWords
 from support.exchange import FakeExchange, bytes_tensor
 from support.waiting import until

@@ -14,9 +14,9 @@ from kelp.core.config_replicas import QueueConfig
 from kelp.core.errors import CapacityError
 from kelp.core.metrics import QUEUE_WAIT, Metrics
 from kelp.registry.base import WorkerRecord
+from kelp.router.decision.request import RoutingRequest
+from kelp.router.decision.selector import Decision
 from kelp.router.placement import Placement
-from kelp.router.request import RoutingRequest
-from kelp.router.selector import Decision
 from support.virtual_time import run_in_virtual_time
 
 

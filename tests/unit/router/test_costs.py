@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from kelp.core.types import Role
-from kelp.router.costs import Costs
-from kelp.router.request import RoutingRequest
-from kelp.router.selector import Ended, FirstToken
+from kelp.router.decision.costs import Costs
+from kelp.router.decision.request import RoutingRequest
+from kelp.router.decision.selector import Ended, FirstToken
 from support.selector_rig import Rig, hashes, worker
 
 

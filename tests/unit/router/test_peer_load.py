@@ -6,12 +6,12 @@ from router_rig import prefill_record, record
 
 from kelp.core.clock import FakeClock
 from kelp.core.config import RoutingConfig
+from kelp.router.decision.request import RoutingRequest
+from kelp.router.decision.selector import Selector, SelectorMode
+from kelp.router.decision.workers import WorkerTable
 from kelp.router.index.kv_index import KVIndex
-from kelp.router.peer_load import PeerLoad
-from kelp.router.replica_messages import ActiveLoad
-from kelp.router.request import RoutingRequest
-from kelp.router.selector import Selector, SelectorMode
-from kelp.router.workers import WorkerTable
+from kelp.router.replicas.messages import ActiveLoad
+from kelp.router.replicas.peer_load import PeerLoad
 
 DECODE, PREFILL = record("decode"), prefill_record()
 WORK = (1.0, 100.0, 5000.0, 0.0, 0.0)

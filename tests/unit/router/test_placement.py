@@ -16,8 +16,8 @@ from kelp.core.errors import CapacityError
 from kelp.core.messages import Finished, Progress, RequestTimings, RequestUsage
 from kelp.core.types import Role, SequenceHash, WorkerKey
 from kelp.registry.base import WorkerRecord
+from kelp.router.decision.request import RoutingRequest
 from kelp.router.placement import Placement, key_of
-from kelp.router.request import RoutingRequest
 
 OTHER_LAYOUT = LAYOUT.model_copy(update={"dtype": "bfloat16"})
 HASHES = (SequenceHash(b"a" * 16),)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from kelp.core.errors import ConfigError
-from kelp.router.costs import Costs
-from kelp.router.policies.base import lowest
-from kelp.router.policies.catalogue import POLICIES, new_policy
-from kelp.router.request import RoutingRequest
+from kelp.router.decision.costs import Costs
+from kelp.router.decision.policies.base import lowest
+from kelp.router.decision.policies.catalogue import POLICIES, new_policy
+from kelp.router.decision.request import RoutingRequest
 
 
 def _costs(num_prompt: int = 160, **columns: object) -> Costs:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from kelp.router.lengths import AnswerLengths
-from kelp.router.prompt_order import PromptOrder, Waits
-from kelp.router.request import RoutingRequest
+from kelp.router.decision.lengths import AnswerLengths
+from kelp.router.decision.prompt_order import PromptOrder, Waits
+from kelp.router.decision.request import RoutingRequest
 from support.selector_rig import Rig, worker
 
 

@@ -13,9 +13,9 @@ from kelp.core.clock import SystemClock
 from kelp.core.config_replicas import ReplicasConfig
 from kelp.registry.base import RouterRecord
 from kelp.registry.directory import RouterDirectory
-from kelp.router.replica_link import LinkParts, ReplicaLink
-from kelp.router.replica_messages import ActiveLoad
-from kelp.router.replicas import OwnLoads, PeerLoads
+from kelp.router.replicas.link import LinkParts, ReplicaLink
+from kelp.router.replicas.loads import OwnLoads, PeerLoads
+from kelp.router.replicas.messages import ActiveLoad
 from support.waiting import until
 
 CONFIG = ReplicasConfig(heartbeat_s=0.02, publish_s=0.001, lease_s=60.0, stale_s=30.0)

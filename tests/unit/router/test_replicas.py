@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from kelp.core.errors import ProtocolError
-from kelp.router.replica_messages import ActiveLoad, Deltas, decode, encode
-from kelp.router.replicas import OwnLoads, PeerLoads
+from kelp.router.replicas.loads import OwnLoads, PeerLoads
+from kelp.router.replicas.messages import ActiveLoad, Deltas, decode, encode
 
 LEASE_S, STALE_S = 30.0, 3.0
 

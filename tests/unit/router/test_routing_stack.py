@@ -13,7 +13,7 @@ from kelp.kv.events import EventPublisher
 from kelp.registry.directory import RouterDirectory
 from kelp.registry.memory import MemoryRegistry
 from kelp.registry.view import RegistryView
-from kelp.router.request import RoutingRequest
+from kelp.router.decision.request import RoutingRequest
 from kelp.router.stack import RoutingStack
 from support.selector_rig import hashes, worker
 from support.waiting import until

@@ -7,7 +7,7 @@ import pytest
 from kelp.core.errors import CapacityError
 from kelp.core.types import Role
 from kelp.registry.base import WorkerRecord
-from kelp.router.selector import FirstToken
+from kelp.router.decision.selector import FirstToken
 from support.selector_rig import Rig, hashes, worker
 
 FLEET = [worker("p", Role.PREFILL), worker("d", Role.DECODE)]

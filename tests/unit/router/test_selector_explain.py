@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from kelp.core.types import Role
-from kelp.router.explain import Explanation
-from kelp.router.selector import Ended, FirstToken
+from kelp.router.decision.explain import Explanation
+from kelp.router.decision.selector import Ended, FirstToken
 from support.selector_rig import Rig, hashes, worker
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from kelp.core.types import Role
-from kelp.router.selector import Decision, Ended, FirstToken
+from kelp.router.decision.selector import Decision, Ended, FirstToken
 from support.selector_rig import Rig, worker
 
 TOLD = FirstToken(0, 0.0, 0.1)

@@ -23,10 +23,10 @@ from kelp.core.metrics import (
 from kelp.core.types import Role, Tier, WorkerState
 from kelp.kv.events import EventPublisher
 from kelp.registry.base import LayoutRecord, WorkerRecord
+from kelp.router.decision.workers import WorkerTable
+from kelp.router.feed.subscriber import EventFeed
+from kelp.router.feed.values import SubscriptionState
 from kelp.router.index.kv_index import KVIndex
-from kelp.router.subscriber import EventFeed
-from kelp.router.subscription_values import SubscriptionState
-from kelp.router.workers import WorkerTable
 from support.event_doubles import ForeignEngine, SetIndex, digest16
 from support.waiting import until
 

@@ -8,8 +8,8 @@ from kelp.core.config import EventsConfig
 from kelp.core.kv_events import BlocksStored
 from kelp.kv.events.codec import AllBlocksCleared, BlockRemoved, SnapshotExtension
 from kelp.kv.events.residency import StreamDigest
-from kelp.router.subscription import Subscription
-from kelp.router.subscription_values import (
+from kelp.router.feed.subscription import Subscription
+from kelp.router.feed.values import (
     Action,
     Apply,
     AskReplay,

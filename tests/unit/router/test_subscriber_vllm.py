@@ -17,9 +17,9 @@ from kelp.core.hashing import seed_hash, sequence_hashes
 from kelp.core.metrics import Metrics
 from kelp.core.types import Role, Tier, WorkerState
 from kelp.registry.base import LayoutRecord, WorkerRecord
-from kelp.router.subscriber import EventFeed
-from kelp.router.subscription_values import SubscriptionState
-from kelp.router.workers import WorkerTable
+from kelp.router.decision.workers import WorkerTable
+from kelp.router.feed.subscriber import EventFeed
+from kelp.router.feed.values import SubscriptionState
 from support.event_doubles import SetIndex
 from support.waiting import until
 

@@ -15,11 +15,11 @@ from kelp.registry.memory import MemoryRegistry
 from kelp.router.api.messages import Dump
 from kelp.router.api.operations import ApiParts, Operations
 from kelp.router.api.reservations import Reservations
+from kelp.router.decision.selector import Selector, SelectorMode
+from kelp.router.decision.workers import WorkerTable
 from kelp.router.index.kv_index import KVIndex
 from kelp.router.ledger import Ledger
-from kelp.router.replicas import OwnLoads
-from kelp.router.selector import Selector, SelectorMode
-from kelp.router.workers import WorkerTable
+from kelp.router.replicas.loads import OwnLoads
 
 BLOCK_SIZE = 4
 LAYOUT = LayoutRecord(

@@ -35,10 +35,10 @@ from kelp.router.api.messages import (
     WorkerView,
 )
 from kelp.router.api.reservations import Reservations
-from kelp.router.explain import Explanation
-from kelp.router.request import RoutingRequest
-from kelp.router.selector import Ended, FirstToken, Selector
-from kelp.router.workers import WorkerTable
+from kelp.router.decision.explain import Explanation
+from kelp.router.decision.request import RoutingRequest
+from kelp.router.decision.selector import Ended, FirstToken, Selector
+from kelp.router.decision.workers import WorkerTable
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,8 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from kelp.core.clock import Clock
+from kelp.router.decision.selector import Decision, Ended, FirstToken
 from kelp.router.ledger import Ledger
-from kelp.router.selector import Decision, Ended, FirstToken
 
 _MAX_SELECTED = 4096
 _SELECTED_TTL_S = 120.0

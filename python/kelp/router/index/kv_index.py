@@ -106,10 +106,14 @@ class KVIndex:
         """See `OverlapIndex`."""
         self._meet(slot)
         if isinstance(event, BlocksStored):
-            spans = self._store.store(cell_of(slot, event.tier), event.hashes, event.parent)
+            store = self._store
+            structure_bytes = store.num_chains * _CHAIN_BYTES + store.num_cells * _CELL_BYTES
+            spans = store.store(cell_of(slot, event.tier), event.hashes, event.parent)
             if self._predictions and event.tier == Tier.DEVICE:
                 self._predictions.settle(slot, spans)
-            self._slack_bytes -= len(event.hashes) * _MOST_BLOCK_BYTES + len(spans) * (_CHAIN_BYTES + _CELL_BYTES)
+            # A block in the middle of a chain splits it, with a cell for each of its holders.
+            structure_bytes -= store.num_chains * _CHAIN_BYTES + store.num_cells * _CELL_BYTES
+            self._slack_bytes += structure_bytes - len(event.hashes) * _MOST_BLOCK_BYTES
             if self._slack_bytes < 0:
                 self._shed()
         elif isinstance(event, BlocksCleared):
@@ -144,7 +148,6 @@ class KVIndex:
         matches = self._merge(depths) if len(depths) > 1 else self._spread(depths[0])
         cached = self._store.num_levels, self._slot_sets.num_bytes
         if cached != self._cached:
-            self._cached = cached
             self._shed()
         return matches
 
@@ -174,6 +177,7 @@ class KVIndex:
     def _shed(self) -> None:
         """If the budget is exceeded, forget chains until the rest fits with a margin."""
         num_bytes = self.num_bytes
+        self._cached = self._store.num_levels, self._slot_sets.num_bytes
         if num_bytes <= self._max_bytes:
             self._slack_bytes = self._max_bytes - num_bytes - (_MOST_BLOCK_BYTES - _BLOCK_BYTES) * self.num_blocks
             return
@@ -185,6 +189,7 @@ class KVIndex:
             self._truncated.update(map(slot_of, chain.held))
             self._predictions.forget(chain)
             self._store.drop(chain)
+        self._cached = self._store.num_levels, self._slot_sets.num_bytes
         self._compact()
 
     def _compact(self) -> None:

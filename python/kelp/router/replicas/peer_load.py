@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from kelp.core.clock import Clock
 from kelp.core.types import WorkerKey
-from kelp.router.load import Entry, Load
-from kelp.router.replica_messages import ActiveLoad
-from kelp.router.workers import WorkerTable
+from kelp.router.decision.load import Entry, Load
+from kelp.router.decision.workers import WorkerTable
+from kelp.router.replicas.messages import ActiveLoad
 from kelp.timing.rates import Rates, Work
 
 

@@ -2,7 +2,7 @@
 
 One `EventFeed` per router. It subscribes to every live worker of the table, applies events on the router's own loop in
 short slices, so that requests never wait for a burst of events or a snapshot, and says per worker how far the index may
-be trusted. What to ask for and when is decided in `router.subscription`.
+be trusted. What to ask for and when is decided in `router.feed.subscription`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from kelp.core.metrics import Metrics
 from kelp.core.model_identity import lora_id
 from kelp.core.types import SequenceHash
 from kelp.registry.base import WorkerRecord
+from kelp.router.decision.workers import WorkerTable
+from kelp.router.feed.link import WorkerLink
+from kelp.router.feed.values import SubscriptionState
 from kelp.router.index.base import OverlapIndex
-from kelp.router.subscription_link import WorkerLink
-from kelp.router.subscription_values import SubscriptionState
-from kelp.router.workers import WorkerTable
 
 _SLICE_S = 0.002
 _TICK_S = 0.25

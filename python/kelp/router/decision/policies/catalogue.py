@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from kelp.core.errors import ConfigError
-from kelp.router.policies.base import CostPolicy
-from kelp.router.policies.counting import LeastLoadedPolicy, PowerOfTwoPolicy, RandomPolicy, RoundRobinPolicy
-from kelp.router.policies.dynamo import DynamoPolicy
-from kelp.router.policies.kelp import KelpPolicy
-from kelp.router.policies.sglang import SGLangPolicy
+from kelp.router.decision.policies.base import CostPolicy
+from kelp.router.decision.policies.counting import LeastLoadedPolicy, PowerOfTwoPolicy, RandomPolicy, RoundRobinPolicy
+from kelp.router.decision.policies.dynamo import DynamoPolicy
+from kelp.router.decision.policies.kelp import KelpPolicy
+from kelp.router.decision.policies.sglang import SGLangPolicy
 
 POLICIES: dict[str, Callable[..., CostPolicy]] = {
     "kelp": KelpPolicy,

@@ -3,8 +3,8 @@
 The sum of
 
 - its time to first token
-- by how much longer prompts wait that are there already (`router.prompt_order`: where a short prompt passes a long
-  one, the long one pays)
+- by how much longer prompts wait that are there already (`router.decision.prompt_order`: where a short prompt passes a
+  long one, the long one pays)
 - the worker's time that its prompt takes: requests still to come wait for it as well. This is what keeps requests
   near their blocks where queues are empty, and long prompts on fast workers
 - by how much it makes tokens late: its prompt holds up every answer of its worker, the shorter the more, as a short
@@ -22,9 +22,9 @@ from random import Random
 import numpy as np
 import numpy.typing as npt
 
-from kelp.router.costs import Costs
-from kelp.router.policies.base import lowest
-from kelp.router.policies.dynamo import DynamoPolicy
+from kelp.router.decision.costs import Costs
+from kelp.router.decision.policies.base import lowest
+from kelp.router.decision.policies.dynamo import DynamoPolicy
 
 _UNMEASURED = DynamoPolicy()
 

@@ -12,8 +12,8 @@ from random import Random
 import numpy as np
 import numpy.typing as npt
 
-from kelp.router.costs import Costs
-from kelp.router.policies.base import lowest
+from kelp.router.decision.costs import Costs
+from kelp.router.decision.policies.base import lowest
 
 
 @dataclass(frozen=True, slots=True)

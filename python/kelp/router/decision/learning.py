@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from kelp.router.load import Load
-from kelp.router.outcome import Ended, FirstToken
+from kelp.router.decision.load import Load
+from kelp.router.decision.outcome import Ended, FirstToken
 from kelp.timing.rates import Rates, Work
 
 _TOGETHER_S = 1e-3

@@ -9,9 +9,9 @@ import numpy.typing as npt
 
 from kelp.core.types import WorkerKey
 from kelp.registry.base import WorkerRecord
-from kelp.router.fleet import Candidates
-from kelp.router.request import RoutingRequest
-from kelp.router.workers import WorkerTable
+from kelp.router.decision.fleet import Candidates
+from kelp.router.decision.request import RoutingRequest
+from kelp.router.decision.workers import WorkerTable
 
 Condition = Callable[[WorkerRecord], bool]
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from kelp.core.errors import ProtocolError
 from kelp.kv.events.codec import DigestExtension, SnapshotExtension, decode_foreign, decode_own
 from kelp.kv.events.frames import END_SEQ, decode_seq, digest_topic, events_topic, is_own_topic, snapshot_topic
-from kelp.router.subscription import Subscription
-from kelp.router.subscription_values import Action, Batch
+from kelp.router.feed.subscription import Subscription
+from kelp.router.feed.values import Action, Batch
 
 _NEVER_S = float("-inf")
 

@@ -16,11 +16,11 @@ from kelp.kv.events.frames import SNAPSHOT_REQUEST, encode_seq
 from kelp.kv.events.residency import split
 from kelp.kv.events.translate import ForeignNames, SeedOf
 from kelp.registry.base import WorkerRecord
+from kelp.router.feed.inbox import EventInbox
+from kelp.router.feed.sockets import SubscriptionSockets
+from kelp.router.feed.subscription import Subscription
+from kelp.router.feed.values import Action, Apply, AskReplay, AskSnapshot, Forget, SubscriptionState
 from kelp.router.index.base import OverlapIndex
-from kelp.router.subscription import Subscription
-from kelp.router.subscription_inbox import EventInbox
-from kelp.router.subscription_sockets import SubscriptionSockets
-from kelp.router.subscription_values import Action, Apply, AskReplay, AskSnapshot, Forget, SubscriptionState
 
 _MESSAGES_PER_TURN = 16
 _BLOCKS_PER_STEP = 256

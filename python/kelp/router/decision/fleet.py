@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from kelp.core.types import Role, WorkerState
 from kelp.registry.base import WorkerRecord
-from kelp.router.workers import WorkerTable
+from kelp.router.decision.workers import WorkerTable
 
 Slots = npt.NDArray[np.intp]
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from kelp.router.fleet import Candidates, Fleet, Slots
+from kelp.router.decision.fleet import Candidates, Fleet, Slots
+from kelp.router.decision.lengths import AnswerLengths
+from kelp.router.decision.load import Load
+from kelp.router.decision.prompt_order import PromptOrder
+from kelp.router.decision.request import RoutingRequest
 from kelp.router.index.base import Matches
-from kelp.router.lengths import AnswerLengths
-from kelp.router.load import Load
-from kelp.router.prompt_order import PromptOrder
-from kelp.router.request import RoutingRequest
 from kelp.timing.rates import Rates
 
 Column = npt.NDArray[np.float64]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kelp.router.costs import Costs
+from kelp.router.decision.costs import Costs
 from kelp.timing.rates import Rates
 
 _STALL_WEIGHT = 0.5

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from kelp.router.costs import Costs
+from kelp.router.decision.costs import Costs
 
 
 class CostPolicy(Protocol):

@@ -13,13 +13,13 @@ from typing import Protocol
 
 import msgspec
 
-from kelp.router.replica_messages import ActiveLoad, Add, Delta, Deltas, Free, PrefillDone, Renew, Snapshot
+from kelp.router.replicas.messages import ActiveLoad, Add, Delta, Deltas, Free, PrefillDone, Renew, Snapshot
 
 _MAX_EARLY = 256
 
 
 class LoadSink(Protocol):
-    """Takes other routers' loads into account (`router.selector`); ids are unique over routers."""
+    """Takes other routers' loads into account (`router.decision.selector`); ids are unique over routers."""
 
     def peer_added(self, peer_id: str, load: ActiveLoad) -> None:
         """Another router's request runs."""

@@ -1,4 +1,4 @@
-"""What goes into `router.subscription` and what comes out of it."""
+"""What goes into `router.feed.subscription` and what comes out of it."""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ from kelp.core.clock import Clock
 from kelp.core.config_replicas import ReplicasConfig
 from kelp.core.errors import ProtocolError
 from kelp.registry.base import RouterRecord, RouterRegistry
-from kelp.router.replica_messages import Deltas, Snapshot, decode, encode
-from kelp.router.replicas import OwnLoads, PeerLoads
+from kelp.router.replicas.loads import OwnLoads, PeerLoads
+from kelp.router.replicas.messages import Deltas, Snapshot, decode, encode
 
 _log = logging.getLogger(__name__)
 _SNAPSHOT, _EXPLAIN = b"snapshot", b"explain"

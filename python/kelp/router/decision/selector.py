@@ -16,19 +16,19 @@ from kelp.core.clock import Clock
 from kelp.core.config import RoutingConfig
 from kelp.core.types import WorkerKey
 from kelp.registry.base import WorkerRecord
-from kelp.router.affinity import Sessions
-from kelp.router.choosing import Chooser, Question, SelectorMode, Way
-from kelp.router.costs import CostModel
-from kelp.router.explain import Decided, DecisionLog, Explanation, State
-from kelp.router.fleet import Fleet
+from kelp.router.decision.affinity import Sessions
+from kelp.router.decision.choosing import Chooser, Question, SelectorMode, Way
+from kelp.router.decision.costs import CostModel
+from kelp.router.decision.explain import Decided, DecisionLog, Explanation, State
+from kelp.router.decision.fleet import Fleet
+from kelp.router.decision.learning import Generating, Learning
+from kelp.router.decision.lengths import AnswerLengths
+from kelp.router.decision.load import Entry, Load
+from kelp.router.decision.outcome import Ended, FirstToken
+from kelp.router.decision.prompt_order import PromptOrder, Waits
+from kelp.router.decision.request import RoutingRequest
+from kelp.router.decision.workers import WorkerTable
 from kelp.router.index.base import OverlapIndex
-from kelp.router.learning import Generating, Learning
-from kelp.router.lengths import AnswerLengths
-from kelp.router.load import Entry, Load
-from kelp.router.outcome import Ended, FirstToken
-from kelp.router.prompt_order import PromptOrder, Waits
-from kelp.router.request import RoutingRequest
-from kelp.router.workers import WorkerTable
 from kelp.timing.rates import Rates, Work
 
 __all__ = ["Decision", "Ended", "FirstToken", "Selector", "SelectorMode"]
@@ -77,7 +77,7 @@ class Selector:
 
     Attributes:
         fleet: What workers say of themselves, by slot.
-        load: Counts by slot; other routers' requests are counted there as well (`router.peer_load`).
+        load: Counts by slot; other routers' requests are counted there as well (`router.replicas.peer_load`).
         rates: What workers' speeds are thought to be.
         lengths: How long answers are thought to be.
         order: In which order workers are thought to compute prompts.

@@ -17,9 +17,9 @@ from kelp.core.config import EventsConfig
 from kelp.core.kv_events import KVEvent
 from kelp.kv.events.codec import AllBlocksCleared, SnapshotExtension, TierDigest
 from kelp.kv.events.residency import StreamDigest
-from kelp.router.batch_order import BatchOrder
-from kelp.router.snapshot_assembly import SnapshotAssembly
-from kelp.router.subscription_values import (
+from kelp.router.feed.batch_order import BatchOrder
+from kelp.router.feed.snapshot_assembly import SnapshotAssembly
+from kelp.router.feed.values import (
     Action,
     Apply,
     AskReplay,

@@ -14,18 +14,18 @@ import numpy as np
 from kelp.core.config import PolicyName, RoutingConfig
 from kelp.core.errors import CapacityError
 from kelp.core.types import Role, WorkerKey
-from kelp.router.costs import CostModel, Costs, as_decoder, missing_blocks
-from kelp.router.disaggregation import pays
-from kelp.router.eligibility import conditions_of, is_pinned, narrow, tag_factors
-from kelp.router.explain import Choice
-from kelp.router.fleet import Candidates, Fleet
+from kelp.router.decision.costs import CostModel, Costs, as_decoder, missing_blocks
+from kelp.router.decision.disaggregation import pays
+from kelp.router.decision.eligibility import conditions_of, is_pinned, narrow, tag_factors
+from kelp.router.decision.explain import Choice
+from kelp.router.decision.fleet import Candidates, Fleet
+from kelp.router.decision.policies.among_the_best import AmongTheBestPolicy
+from kelp.router.decision.policies.base import CostPolicy
+from kelp.router.decision.policies.catalogue import new_policy
+from kelp.router.decision.prompt_order import Waits
+from kelp.router.decision.request import RoutingRequest
+from kelp.router.decision.workers import WorkerTable
 from kelp.router.index.base import Matches
-from kelp.router.policies.among_the_best import AmongTheBestPolicy
-from kelp.router.policies.base import CostPolicy
-from kelp.router.policies.catalogue import new_policy
-from kelp.router.prompt_order import Waits
-from kelp.router.request import RoutingRequest
-from kelp.router.workers import WorkerTable
 from kelp.timing.rates import Work
 
 _BLIND_POLICIES = ("round-robin", "random", "power-of-two")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
-from kelp.router.costs import Costs
-from kelp.router.policies.base import lowest
+from kelp.router.decision.costs import Costs
+from kelp.router.decision.policies.base import lowest
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ import numpy as np
 
 from kelp.core.types import Role
 from kelp.core.wire import Message
-from kelp.router.costs import Costs
-from kelp.router.outcome import Ended, FirstToken
+from kelp.router.decision.costs import Costs
+from kelp.router.decision.outcome import Ended, FirstToken
 
 State = Literal["selected", "reserved", "committed", "running", "completed", "failed", "lapsed"]
 

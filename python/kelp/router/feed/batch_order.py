@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kelp.router.subscription_values import Batch
+from kelp.router.feed.values import Batch
 
 
 class BatchOrder:

@@ -7,8 +7,8 @@ from random import Random
 
 import numpy as np
 
-from kelp.router.costs import Costs
-from kelp.router.policies.dynamo import DynamoPolicy
+from kelp.router.decision.costs import Costs
+from kelp.router.decision.policies.dynamo import DynamoPolicy
 
 _SHARE = 0.25
 _UNMEASURED = DynamoPolicy()

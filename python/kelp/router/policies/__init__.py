@@ -1,1 +1,0 @@
-"""Ways to choose a worker: each one small module over one cost record (`router.costs`)."""
