@@ -18,6 +18,7 @@ from kelp.core.exchange import Exchange
 _log = logging.getLogger(__name__)
 _MAX_ASKED_PER_S = 250
 """Many open requests are asked about less often: a question costs two processes some 50 us."""
+_LONGEST_INTERVAL_S = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +60,8 @@ class CancelWatch:
     def _run(self) -> None:
         while not self._stopping.is_set():
             self._has_work.wait()
-            self._stopping.wait(max(self._poll_s, len(self._watched) / _MAX_ASKED_PER_S))
+            interval_s = min(_LONGEST_INTERVAL_S, len(self._watched) / _MAX_ASKED_PER_S)
+            self._stopping.wait(max(self._poll_s, interval_s))
             self._poll()
 
     def _poll(self) -> None:

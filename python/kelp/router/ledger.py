@@ -65,8 +65,8 @@ class Ledger:
         request_id = decision.request.request_id
         self._selector.first_token(request_id, told)
         self._own.prefilled(request_id)
-        if decision.way is not None and decision.way.ttft_s > 0.0:
-            self._metrics.observe(TTFT_RATIO, seconds / decision.way.ttft_s)
+        if decision.ttft_s > 0.0:
+            self._metrics.observe(TTFT_RATIO, seconds / decision.ttft_s)
         self.on_news()
         self.on_room()
 

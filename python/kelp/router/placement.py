@@ -44,7 +44,7 @@ class Placement:
     """
 
     def __init__(self, decision: Decision, ledger: Ledger, clock: Clock) -> None:
-        self.decision = decision
+        self.decision = decision.settled()
         self.decode = decision.decode
         self.prefill = decision.prefill
         self._ledger = ledger

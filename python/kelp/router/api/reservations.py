@@ -62,7 +62,7 @@ class Reservations:
         """Count a request as active, the one of that name that was there before no longer."""
         self.free(decision.request.request_id, _GONE)
         self._ledger.reserve(decision)
-        self._put(self._reserved, decision)
+        self._put(self._reserved, decision.settled())
 
     def commit(self, request_id: str) -> bool:
         """It has been sent; False if it is not known (any more)."""

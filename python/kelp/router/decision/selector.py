@@ -10,7 +10,7 @@ clock. Life of a request here:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kelp.core.clock import Clock
 from kelp.core.config import RoutingConfig
@@ -39,13 +39,20 @@ class Decision:
     """Where a request shall run; `prefill` None: the decode worker computes the prompt (aggregated).
 
     Attributes:
-        way: What was expected of it; None in decisions that no `select` of this process made.
+        way: What was expected of it, with the figures of all candidates; None in decisions that no `select` of this
+            process made, and in those that are `settled`.
+        ttft_s: Predicted time to first token; 0 where nothing was.
     """
 
     request: RoutingRequest
     decode: WorkerRecord
     prefill: WorkerRecord | None
     way: Way | None = field(default=None, repr=False, compare=False)
+    ttft_s: float = 0.0
+
+    def settled(self) -> Decision:
+        """The same for as long as the request lives, without what only choosing and reserving need."""
+        return replace(self, way=None)
 
     @property
     def worker_ids(self) -> tuple[str, ...]:
@@ -148,7 +155,7 @@ class Selector:
         way = self._chooser.choose(question)
         self._log.add(Decided(request.request_id, now_s, way.reason, way.choices, way.ttft_s, way.itl_s))
         prefill = None if way.prefill_slot is None else self._table.record(way.prefill_slot)
-        return Decision(request, self._table.record(way.decode_slot), prefill, way)
+        return Decision(request, self._table.record(way.decode_slot), prefill, way, way.ttft_s)
 
     def reserve(self, decision: Decision) -> None:
         """Count the request as active there, and expect its blocks; lapses if `commit` does not follow in time.
