@@ -21,7 +21,6 @@ SERVICE = "kelp.router.v1.Router"
 _STOP_GRACE_S = 2.0
 # Two servers would share one port otherwise, each getting a part of the calls.
 _OPTIONS = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.so_reuseport", 0)]
-_Context = grpc.aio.ServicerContext[Any, Any]
 
 
 def rpc_name(operation: str) -> str:
@@ -59,14 +58,14 @@ class GrpcApi:
         if not bound:
             raise ConfigError(f"--grpc-port {port}: cannot listen on {host}; is the port in use?")
         await self._server.start()
-        return bound
+        return int(bound)
 
     async def stop(self) -> None:
         """Answer what has been asked, and close."""
         await self._server.stop(_STOP_GRACE_S)
 
-    def _handler(self, name: str) -> Callable[[Struct, _Context], Awaitable[Struct]]:
-        async def handle(request: Struct, context: _Context) -> Struct:
+    def _handler(self, name: str) -> Callable[[Struct, Any], Awaitable[Struct]]:
+        async def handle(request: Struct, context: Any) -> Struct:
             metadata = dict(context.invocation_metadata() or ())
             if not self._auth.accepts(metadata.get("authorization")):
                 await context.abort(grpc.StatusCode.UNAUTHENTICATED, "a bearer token is required")
