@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from mock_rig import Reference, generate, worker_of
+from mock_fleet_rig import Reference, generate, worker_of
 
 from support.serving import KelpServer
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from index_check import blocks_held
-from mock_rig import NUM_ROUTERS, Reference, explain, generate, samples, total, worker_of
+from mock_fleet_rig import NUM_ROUTERS, Reference, explain, generate, samples, total, worker_of
 from session_load import BLOCK_SIZE, MAX_TOKENS, NUM_TURNS, SessionLoad, Turn
 
 from kelp.core.hashing import seed_hash, sequence_hashes

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from mock_rig import NUM_ROUTERS, Reference, explain, generate, model_of
+from mock_fleet_rig import NUM_ROUTERS, Reference, explain, generate, model_of
 
 from kelp.registry.directory import RouterDirectory
 from support.llm_client import Answer, Call, ServedError, http_post, sse_events

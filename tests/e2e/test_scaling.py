@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from mock_rig import explain, generate
+from mock_fleet_rig import explain, generate
 
 from support.serving import KelpServer, run_cli
 from support.waiting import wait_until
