@@ -4,6 +4,7 @@
     ├── InvalidRequest
     │   ├── PromptTooLong
     │   └── NotSupported
+    ├── Unauthenticated
     ├── NotFound
     ├── ConfigError
     ├── CapacityError
@@ -74,6 +75,15 @@ class NotSupported(InvalidRequest):
     code = "NOT_SUPPORTED"
     grpc_status = "UNIMPLEMENTED"
     triton_code = "UNSUPPORTED"
+
+
+class Unauthenticated(KelpError):
+    """The caller has not shown the token that is asked for."""
+
+    code = "UNAUTHENTICATED"
+    http_status = 401
+    grpc_status = "UNAUTHENTICATED"
+    triton_code = "INVALID_ARG"
 
 
 class NotFound(KelpError):

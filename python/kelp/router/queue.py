@@ -1,6 +1,6 @@
 """Who goes next when every worker that could take a request is full: order, bound and estimates alone.
 
-No asyncio and no clock of its own: `router.admission` wakes requests by it in Triton, the simulator on virtual time.
+No asyncio and no clock of its own: `router.admission` wakes requests by it.
 What "full" means, and whether a request fits again, is decided elsewhere.
 """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hmac
 from pathlib import Path
 
-from kelp.core.errors import ConfigError
+from kelp.core.errors import ConfigError, Unauthenticated
 
 _SCHEME = "Bearer "
 _MIN_TOKEN_CHARS = 16
@@ -17,12 +17,17 @@ class Authenticator:
     def __init__(self, token: str | None) -> None:
         self._token = None if token is None else token.encode()
 
-    def accepts(self, header: str | None) -> bool:
-        """Whether an `Authorization` header (or gRPC metadata entry) lets its sender in."""
+    def check(self, header: str | None) -> None:
+        """Let the sender of an `Authorization` header (or gRPC metadata entry) in.
+
+        Raises:
+            Unauthenticated: It shows no token, or another one.
+        """
         if self._token is None:
-            return True
+            return
         given = (header or "")[len(_SCHEME) :] if (header or "").startswith(_SCHEME) else ""
-        return hmac.compare_digest(given.encode(), self._token)
+        if not hmac.compare_digest(given.encode(), self._token):
+            raise Unauthenticated("a bearer token is required")
 
 
 def read_token(path: Path) -> str:

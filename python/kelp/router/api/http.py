@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from aiohttp import web
 
-from kelp.core.errors import InternalError, KelpError
+from kelp.core.errors import InternalError, KelpError, Unauthenticated
 from kelp.core.wire import MAX_MESSAGE_BYTES
 from kelp.router.api.auth import Authenticator
 from kelp.router.api.operations import Operations
@@ -53,14 +53,15 @@ class HttpApi:
         return web.Response(text="ok\n")
 
     async def _metrics(self, request: web.Request) -> web.Response:
-        if not self._may(request):
-            return _refusal()
+        try:
+            self._check(request)
+        except Unauthenticated as error:
+            return _failure(error)
         return web.Response(body=self._metrics_text(), content_type="text/plain", charset="utf-8")
 
     async def _call(self, request: web.Request) -> web.Response:
-        if not self._may(request):
-            return _refusal()
         try:
+            self._check(request)
             answer = self._operations.call(request.match_info["operation"], await request.read() or b"{}")
         except KelpError as error:
             return _failure(error)
@@ -72,17 +73,16 @@ class HttpApi:
             return _failure(InternalError(f"{type(error).__name__}: {error}"))
         return web.Response(body=answer, content_type=_JSON)
 
-    def _may(self, request: web.Request) -> bool:
-        return self._auth.accepts(request.headers.get("Authorization"))
+    def _check(self, request: web.Request) -> None:
+        self._auth.check(request.headers.get("Authorization"))
 
 
 def _failure(error: KelpError) -> web.Response:
     document = json.dumps({"error": {"code": f"KELP_{error.code}", "message": error.text}})
-    headers = {"Retry-After": _RETRY_AFTER_S} if error.http_status in (429, 503) else {}
-    return web.Response(text=document, status=error.http_status, content_type=_JSON, headers=headers)
+    return web.Response(text=document, status=error.http_status, content_type=_JSON, headers=_headers(error))
 
 
-def _refusal() -> web.Response:
-    document = json.dumps({"error": {"code": "KELP_UNAUTHENTICATED", "message": "a bearer token is required"}})
-    headers = {"WWW-Authenticate": "Bearer"}
-    return web.Response(text=document, status=401, content_type=_JSON, headers=headers)
+def _headers(error: KelpError) -> dict[str, str]:
+    if isinstance(error, Unauthenticated):
+        return {"WWW-Authenticate": "Bearer"}
+    return {"Retry-After": _RETRY_AFTER_S} if error.http_status in (429, 503) else {}

@@ -67,9 +67,8 @@ class GrpcApi:
     def _handler(self, name: str) -> Callable[[Struct, Any], Awaitable[Struct]]:
         async def handle(request: Struct, context: Any) -> Struct:
             metadata = dict(context.invocation_metadata() or ())
-            if not self._auth.accepts(metadata.get("authorization")):
-                await context.abort(grpc.StatusCode.UNAUTHENTICATED, "a bearer token is required")
             try:
+                self._auth.check(metadata.get("authorization"))
                 answer = self._operations.call(name, _document(request))
             except KelpError as error:
                 await context.abort(grpc.StatusCode[error.grpc_status], str(error))
