@@ -156,7 +156,7 @@ def test_after_loss_reorder_and_restarts_everybody_knows_exactly_what_the_others
                 known = router.peers.loads(other.name)
                 assert known == {load.request_id: load for load in other.own.snapshot().loads}
                 assert set(known) == set(other.running)
-                expected |= {f"{other.name}|{key}": load.is_prefilled for key, load in known.items()}
+                expected |= {f"\0{other.name}|{key}": load.is_prefilled for key, load in known.items()}
         assert router.sink.loads == expected
         assert router.peers.behind() == []
         assert router.peers.num_stale(network.now_s) == 0

@@ -53,7 +53,7 @@ def build_router_server(config: KelpConfig, name: str) -> RouterServer:
         dump=lambda asked: _dump(stack, reservations, asked),
         clock=clock,
     )
-    return RouterServer(Operations(parts), stack, Exposition(metrics).text)
+    return RouterServer(Operations(parts), stack, Exposition(metrics))
 
 
 def _soon(view: RegistryView) -> None:

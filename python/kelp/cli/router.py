@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated
@@ -26,7 +27,9 @@ def router_command(
     open_to_all: Annotated[
         bool, typer.Option("--open", help="Ask for no token even on an address that others can reach.")
     ] = False,
-    name: Annotated[str, typer.Option(help="Tells this router from others of the same workers.")] = "router",
+    name: Annotated[
+        str | None, typer.Option(help="Tells this router from others of the same workers (default: its process id).")
+    ] = None,
     config: ConfigFile = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="Any field: group.field=value.")] = None,
 ) -> None:
@@ -40,7 +43,9 @@ def router_command(
     async def run() -> None:
         stopping = asyncio.Event()
         stop_on_signals(stopping)
-        await build_router_server(effective, name).run(options, lambda ports: _say_ready(options, ports), stopping)
+        await build_router_server(effective, name or f"router-{os.getpid()}").run(
+            options, lambda ports: _say_ready(options, ports), stopping
+        )
 
     asyncio.run(run())
 

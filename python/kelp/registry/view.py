@@ -32,7 +32,11 @@ class RegistryView:
     async def run(self) -> None:
         """Refresh for ever; cancel to stop."""
         while True:
-            await self.refresh()
+            try:
+                await self.refresh()
+            except Exception:
+                # Whatever one record did to those who were told of it: the next snapshot may be better.
+                _log.exception("the workers' records could not be taken over, trying again")
             await asyncio.sleep(self._refresh_s)
 
     async def refresh(self) -> None:

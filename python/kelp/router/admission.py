@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 from kelp.core.clock import Clock
@@ -21,6 +22,7 @@ from kelp.router.decision.selector import Decision, Ended, Selector
 from kelp.router.ledger import Ledger
 from kelp.router.queue import Waiting, WaitingQueue
 
+_MAX_TRIES = 8
 _POLL_S = 0.25
 """Predicted prefill windows also pass with time alone, and deadlines do."""
 
@@ -116,16 +118,18 @@ class Admission:
         now_s, full = self._clock.monotonic_s(), self._capacity.full()
         if full.is_everywhere:
             return False
-        tried: set[tuple[frozenset[WorkerKey], bool]] = set()
+        tried: Counter[tuple[frozenset[WorkerKey], bool]] = Counter()
         for waiting in self._queue.in_turn(now_s):
             wanted = self._wanted[waiting.request_id]
-            # Where one request without wishes of its own finds no room, the next one finds none either: a thousand
-            # that wait must not cost a thousand decisions each time that a place falls free elsewhere.
-            if _has_no_wishes(wanted.request):
-                if (wanted.avoid, wanted.allow_prefill) in tried:
-                    continue
-                tried.add((wanted.avoid, wanted.allow_prefill))
+            if wanted.answer.done():
+                continue
+            # Where some requests without wishes of their own found no room, others hardly find any: a thousand that
+            # wait must not cost a thousand decisions each time that a place falls free elsewhere.
+            if _has_no_wishes(wanted.request) and tried[wanted.avoid, wanted.allow_prefill] >= _MAX_TRIES:
+                continue
             decision = self._try(wanted, full)
+            if decision is None and not wanted.answer.done():
+                tried[wanted.avoid, wanted.allow_prefill] += 1
             if decision is not None:
                 self._queue.take(waiting.request_id, now_s)
                 self._ledger.reserve(decision)
@@ -134,8 +138,6 @@ class Admission:
         return False
 
     def _try(self, wanted: _Wanted, full: Fullness) -> Decision | None:
-        if wanted.answer.done():
-            return None
         try:
             return self._elsewhere(wanted, full)
         except CapacityError as error:

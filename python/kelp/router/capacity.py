@@ -44,7 +44,8 @@ class Capacity:
         if is_full is None or not is_full.any():
             return _NOBODY
         keys = frozenset(self._table.record(slot).key for slot in np.flatnonzero(is_full).tolist())
-        return Fullness(keys, bool(is_full[self._fleet.decoders.slots].all()))
+        is_decoder_full = is_full[self._fleet.decoders.slots]
+        return Fullness(keys, bool(len(is_decoder_full) and is_decoder_full.all()))
 
     def has_room(self, request: RoutingRequest, full: Fullness) -> bool:
         """Whether a worker that could decode the request, as far as pin and tags tell, is not full."""

@@ -108,3 +108,24 @@ def test_a_running_view_keeps_reading_through_outages() -> None:
         await asyncio.gather(running, return_exceptions=True)
 
     asyncio.run(asyncio.wait_for(scene(), 10.0))
+
+
+def test_a_running_view_survives_whoever_fails_on_its_news() -> None:
+    async def scene() -> None:
+        registry = FakeRegistry(record("a"))
+        view = RegistryView(registry, refresh_s=0.001)
+        num_told = 0
+
+        def fail() -> None:
+            nonlocal num_told
+            num_told += 1
+            raise RuntimeError("not these workers")
+
+        view.on_read = fail
+        running = asyncio.ensure_future(view.run())
+        while num_told < 3:
+            await asyncio.sleep(0.001)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+    asyncio.run(asyncio.wait_for(scene(), 10.0))

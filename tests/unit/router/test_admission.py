@@ -290,6 +290,33 @@ def test_a_place_that_falls_free_costs_few_decisions_however_many_wait(monkeypat
         first.result().end(is_completed=True)
         await settle()
         assert [task.done() for task in waiting] == [True] + [False] * 19
-        assert 1 <= num_selected <= 3
+        assert 1 <= num_selected <= 2 + 8
+
+    play(scene)
+
+
+def test_all_who_wait_are_refused_once_nobody_is_left_to_wait_for() -> None:
+    async def scene() -> None:
+        counter = Counter()
+        await counter.ask("1")
+        waiting = [await counter.ask(f"w{number}") for number in range(20)]
+        counter.workers.known.clear()
+        counter.desk.placer.update()
+        await settle()
+        assert [type(task.exception()) for task in waiting] == [CapacityError] * 20
+
+    play(scene)
+
+
+def test_one_who_gave_up_in_the_queue_does_not_keep_a_place_from_the_next() -> None:
+    async def scene() -> None:
+        counter = Counter()
+        first = await counter.ask("1")
+        waiting = [await counter.ask(f"w{number}") for number in range(10)]
+        for task in waiting[:9]:
+            task.cancel()
+        first.result().end(is_completed=True)
+        await settle()
+        assert waiting[9].done() and not waiting[9].cancelled()
 
     play(scene)

@@ -6,11 +6,13 @@ from router_rig import prefill_record, record
 
 from kelp.core.clock import FakeClock
 from kelp.core.config import RoutingConfig
+from kelp.router.decision.outcome import Ended
 from kelp.router.decision.request import RoutingRequest
 from kelp.router.decision.selector import Selector, SelectorMode
 from kelp.router.decision.workers import WorkerTable
 from kelp.router.index.kv_index import KVIndex
-from kelp.router.replicas.messages import ActiveLoad
+from kelp.router.replicas.loads import PeerLoads
+from kelp.router.replicas.messages import ActiveLoad, Add, Deltas, Free
 from kelp.router.replicas.peer_load import PeerLoad
 
 DECODE, PREFILL = record("decode"), prefill_record()
@@ -110,3 +112,16 @@ def test_when_stale_requests_spread_among_the_best() -> None:
     bench.selector.is_stale = lambda: True
     chosen = {bench.selector.select(RoutingRequest(4, (), str(n))).decode.model_name for n in range(40)}
     assert chosen == {"w0", "w1"}
+
+
+def test_a_client_that_names_its_request_like_another_routers_confuses_nobody() -> None:
+    bench = Bench()
+    peers = PeerLoads(bench.peers, 30.0, 3.0)
+    peers.set_peers({"o": 1}, 0.0)
+    peers.receive(Deltas("o", 1, 1, (Add(ALONE),)), 0.0)
+    decision = bench.selector.select(RoutingRequest(100, (), request_id="o|r"))
+    bench.selector.reserve(decision)
+    assert bench.counts(DECODE.key)[0] == 2
+    bench.selector.free("o|r", Ended(is_completed=True))
+    peers.receive(Deltas("o", 1, 2, (Free("r"),)), 0.0)
+    assert bench.counts(DECODE.key) == (0, 0, 0, 0)

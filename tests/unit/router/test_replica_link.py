@@ -78,7 +78,7 @@ def test_a_router_hears_what_another_has_and_when_it_ends(tmp_path: Path) -> Non
         async with opened(one, other):
             await until(lambda: one.peers.num_peers == 1 and not one.peers.behind(), "the two to meet")
             other.add("r")
-            await until(lambda: one.sink.running == {"other|r"}, "the request to be known")
+            await until(lambda: one.sink.running == {"\0other|r"}, "the request to be known")
             other.free("r")
             await until(lambda: not one.sink.running, "its end to be known")
 
@@ -93,7 +93,7 @@ def test_a_router_that_joins_late_learns_what_runs(tmp_path: Path) -> None:
             await until(lambda: not one.own.has_news, "the news to be sent to nobody")
             late = Router("late", tmp_path)
             async with opened(late):
-                await until(lambda: late.sink.running == {"one|r"}, "the request to be known")
+                await until(lambda: late.sink.running == {"\0one|r"}, "the request to be known")
                 assert late.link.num_stale == 0
 
     asyncio.run(scene())
@@ -105,7 +105,7 @@ def test_a_router_that_leaves_takes_its_requests_with_it(tmp_path: Path) -> None
         async with opened(one):
             async with opened(other):
                 other.add("r")
-                await until(lambda: one.sink.running == {"other|r"}, "the request to be known")
+                await until(lambda: one.sink.running == {"\0other|r"}, "the request to be known")
             await until(lambda: not one.sink.running and one.peers.num_peers == 0, "all of it to be forgotten")
 
     asyncio.run(scene())
@@ -117,11 +117,11 @@ def test_a_restarted_router_starts_over(tmp_path: Path) -> None:
         async with opened(one):
             async with opened(before):
                 before.add("old")
-                await until(lambda: one.sink.running == {"other|old"}, "the old request to be known")
+                await until(lambda: one.sink.running == {"\0other|old"}, "the old request to be known")
             after = Router("other", tmp_path, epoch=2)
             async with opened(after):
                 after.add("new")
-                await until(lambda: one.sink.running == {"other|new"}, "the new request alone to be known")
+                await until(lambda: one.sink.running == {"\0other|new"}, "the new request alone to be known")
 
     asyncio.run(scene())
 

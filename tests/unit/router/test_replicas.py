@@ -50,7 +50,7 @@ def test_every_step_of_a_request_is_told_once() -> None:
     message = own.message()
     for _ in range(2):
         peers.receive(message, 1.0)
-    assert sink.calls == ["+other|r", "=other|r", "~other|r", "-other|r"]
+    assert sink.calls == ["+\0other|r", "=\0other|r", "~\0other|r", "-\0other|r"]
     assert not own.has_news
 
 

@@ -57,6 +57,14 @@ def test_a_prompt_that_the_decode_worker_already_has_stays_there_once_costs_are_
     assert "predicted" in explanation.reason
 
 
+def test_a_pinned_prefill_worker_is_used_whatever_is_predicted() -> None:
+    rig = Rig(FLEET)
+    rig.learn()
+    names = hashes(*range(100))
+    rig.index.blocks[1] = set(names)
+    assert rig.place(rig.request(1601, block_hashes=names, pinned_worker="p")).worker_ids == ("p", "d")
+
+
 def test_a_prompt_that_would_hold_up_many_sequences_goes_to_a_prefill_worker() -> None:
     rig = Rig(FLEET)
     rig.learn()

@@ -240,6 +240,22 @@ def test_an_endpoint_that_a_worker_announces_late_is_followed() -> None:
     asyncio.run(scenario())
 
 
+def test_a_worker_with_an_impossible_address_is_approximate_and_keeps_nobody_else_from_being_followed() -> None:
+    async def scenario() -> None:
+        with publishing() as publisher:
+            store(publisher, 1, 2)
+            async with feeding() as rig:
+                rig.table.update([record("a", events="no address"), record_of(publisher, "b")])
+                slot = rig.table.slot(("b", "e"))
+                assert slot is not None
+                await rig.holds(1, 2, slot=slot)
+                assert rig.feed.num_workers()[SubscriptionState.APPROXIMATE] == 1
+                rig.table.update([record_of(publisher, "a"), record_of(publisher, "b")])
+                await rig.holds(1, 2, slot=1 - slot)
+
+    asyncio.run(scenario())
+
+
 def test_an_index_that_fails_is_filled_anew() -> None:
     async def scenario() -> None:
         with publishing() as publisher:

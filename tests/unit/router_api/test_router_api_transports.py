@@ -42,7 +42,7 @@ def serve(use: Callable[[Ports], Awaitable[None]], token: str | None = TOKEN, ri
         metrics = Metrics()
         metrics.add(REQUESTS, 2, outcome="ok")
         background = Idle()
-        server = RouterServer((rig or api_rig()).operations, background, Exposition(metrics).text)
+        server = RouterServer((rig or api_rig()).operations, background, Exposition(metrics))
         stopping, ready = asyncio.Event(), asyncio.get_running_loop().create_future()
         serving = asyncio.ensure_future(server.run(ListenOptions("127.0.0.1", 0, 0, token), ready.set_result, stopping))
         try:
@@ -152,7 +152,7 @@ def test_a_port_in_use_is_named() -> None:
             (ListenOptions("127.0.0.1", ports.http, 0, None), "--http-port"),
             (ListenOptions("127.0.0.1", 0, ports.grpc, None), "--grpc-port"),
         ):
-            other = RouterServer(api_rig().operations, Idle(), lambda: b"")
+            other = RouterServer(api_rig().operations, Idle(), Exposition(Metrics()))
             with pytest.raises(ConfigError, match=option):
                 await other.run(options, lambda _: None, asyncio.Event())
 

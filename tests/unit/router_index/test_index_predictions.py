@@ -84,3 +84,14 @@ def test_thousands_of_confirmed_expectations_leave_nothing_behind(index, clock):
         index.apply(number % 7, BlocksRemoved(prompt))
     assert index.num_blocks == 0
     assert index.num_bytes < 64_000
+
+
+def test_a_prompt_that_repeats_a_block_harms_nothing(index, clock):
+    index.expect(0, _A[:2])
+    index.expect(0, (*_A[:3], _A[0], *_A[3:5]))
+    assert rows(index.match(_A)) == {0: (5, 5, 5, 5, 5)}
+    clock.advance(_TTL_S)
+    assert rows(index.match(_A)) == {}
+    assert index.num_blocks == 0
+    index.expect(0, _A)
+    assert rows(index.match(_A)) == {0: (20, 20, 20, 20, 20)}

@@ -19,6 +19,11 @@ class Exposition:
 
     def text(self) -> bytes:
         """Everything so far, in Prometheus' text format."""
+        self.gather()
+        return generate_latest(self._registry)
+
+    def gather(self) -> None:
+        """Take over what has been observed: to be called now and then, or observations pile up."""
         counters, gauges, observations = self._metrics.take()
         for (family, labels), increase in counters.items():
             self._counter(family, labels).inc(increase)
@@ -28,7 +33,6 @@ class Exposition:
             histogram = self._histogram(family, labels)
             for value in values:
                 histogram.observe(value)
-        return generate_latest(self._registry)
 
     def _counter(self, family: MetricFamily, labels: Labels) -> Counter:
         name = family.name.removesuffix(_COUNTER_SUFFIX)

@@ -10,9 +10,12 @@ from typing import Protocol
 
 from kelp.core.errors import ConfigError
 from kelp.router.api.auth import Authenticator
+from kelp.router.api.exposition import Exposition
 from kelp.router.api.http import HttpApi
 from kelp.router.api.operations import Operations
 from kelp.router.api.rpc import GrpcApi
+
+_GATHER_S = 1.0
 
 
 class Background(Protocol):
@@ -50,10 +53,10 @@ class Ports:
 class RouterServer:
     """Serves the operations; everything belongs to one event loop."""
 
-    def __init__(self, operations: Operations, background: Background, metrics_text: Callable[[], bytes]) -> None:
+    def __init__(self, operations: Operations, background: Background, exposition: Exposition) -> None:
         self._operations = operations
         self._background = background
-        self._metrics_text = metrics_text
+        self._exposition = exposition
 
     async def run(self, options: ListenOptions, on_ready: Callable[[Ports], None], stopping: asyncio.Event) -> None:
         """Serve until `stopping` is set.
@@ -62,17 +65,24 @@ class RouterServer:
             ConfigError: An address cannot be bound; names the option.
         """
         auth = Authenticator(options.token)
-        http = HttpApi(self._operations, auth, self._metrics_text)
+        http = HttpApi(self._operations, auth, self._exposition.text)
         rpc = GrpcApi(self._operations, auth)
         await self._background.start()
+        gathering = asyncio.ensure_future(self._gather())
         try:
             ports = await _listen(http, rpc, options)
             on_ready(ports)
             await stopping.wait()
         finally:
+            gathering.cancel()
             await http.stop()
             await rpc.stop()
             await self._background.stop()
+
+    async def _gather(self) -> None:
+        while True:
+            await asyncio.sleep(_GATHER_S)
+            self._exposition.gather()
 
 
 def stop_on_signals(stopping: asyncio.Event) -> None:

@@ -124,7 +124,7 @@ class Chooser:
             return self._aggregated(question, costs, "aggregated: no prefill worker is ready that fits")
         prefill_costs = self._estimate(question, prefillers)
         prefill = self._policy(self._prefill, question).choose(prefill_costs, self._rng)
-        if self._disaggregation == "auto":
+        if self._disaggregation == "auto" and not self._is_prefiller(question.request.pinned_worker):
             alone = self._row(self._alone, costs, question)
             if not pays(self._costs.rates, (costs, alone), (prefill_costs, prefill), (decode_costs, decode)):
                 return self._aggregated(question, costs, "aggregated: predicted to be faster", alone)

@@ -163,7 +163,7 @@ class Load:
         self.active[slot] -= 1
         self.kv_tokens[slot] -= entry.kv_tokens
         self._ended[slot] += 1
-        del self._on[slot][entry.key]
+        self._on[slot].pop(entry.key, None)
         entry.slot = _GONE
 
     def lapsed(self, now_s: float) -> list[Entry]:
@@ -196,7 +196,7 @@ class Load:
     def _unqueue(self, entry: Entry, now_s: float) -> None:
         slot = entry.slot
         queue = self._queues[slot]
-        del queue[entry.key]
+        queue.pop(entry.key, None)
         entry.is_pending = False
         self.num_pending[slot] -= 1
         if not queue:

@@ -125,14 +125,16 @@ class Selector:
 
     def set_workers(self, records: Sequence[WorkerRecord]) -> None:
         """Take the registry's latest snapshot, workers that are not ready included."""
-        self._table.update(records)
+        try:
+            self._table.update(records)
+        finally:
+            self.fleet.refresh()
         before, self._heartbeats = self._heartbeats, {}
         for record in records:
             self._heartbeats[record.key] = record.heartbeat_ns
             slot = self._table.slot(record.key)
             if slot is not None and before.get(record.key) != record.heartbeat_ns:
                 self.load.hear(slot, record.num_running + record.num_waiting)
-        self.fleet.refresh()
 
     def select(
         self, request: RoutingRequest, avoid: frozenset[WorkerKey] = frozenset(), allow_prefill: bool = True

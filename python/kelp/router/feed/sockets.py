@@ -95,7 +95,11 @@ class SubscriptionSockets:
         connected.setsockopt(zmq.RECONNECT_IVL_MAX, _MAX_RECONNECT_MS)
         connected.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
         connected.setsockopt(zmq.IPV6, int("[" in endpoint))
-        connected.connect(f"tcp://{endpoint}")
+        try:
+            connected.connect(f"tcp://{endpoint}")
+        except zmq.ZMQError:
+            connected.close()
+            raise
         self._loop.add_reader(_descriptor(connected), self._on_ready)
         return connected
 

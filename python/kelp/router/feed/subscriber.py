@@ -67,6 +67,7 @@ class EventFeed:
         self._clock = clock
         self._adapters = dict(adapters or {})
         self._links: dict[int, WorkerLink] = {}
+        self._unreachable: set[int] = set()
         self._ready: dict[int, None] = {}
         self._is_running = False
         self._ticking: asyncio.Task[None] | None = None
@@ -117,12 +118,22 @@ class EventFeed:
     def _follow(self, slot: int, record: WorkerRecord) -> None:
         jitter = partial(random.uniform, 0.5, 1.0)
         link = WorkerLink(slot, record, self._config, self._clock, self._seeds(record), jitter)
+        try:
+            link.open(self._context, partial(self._wake, slot))
+        except (OSError, zmq.ZMQError) as error:
+            # No address, or no descriptor left: the worker lives on expectations, and the router goes on.
+            if slot not in self._unreachable:
+                _log.warning("no events from %s (%s): %s", record.worker_id, record.events_endpoint, error)
+            self._unreachable.add(slot)
+            link.close()
+            return
+        self._unreachable.discard(slot)
         self._links[slot] = link
-        link.open(self._context, partial(self._wake, slot))
         self._wake(slot)
 
     def _on_left(self, slot: int) -> None:
         self._unfollow(slot)
+        self._unreachable.discard(slot)
         self._index.clear(slot)
 
     def _unfollow(self, slot: int) -> None:
@@ -165,9 +176,11 @@ class EventFeed:
 
     async def _tick(self) -> None:
         for tick in itertools.count():
+            is_report = tick % _TICKS_PER_REPORT == 0
             for slot in self._table.slots():
-                self._look_after(slot)
-            if tick % _TICKS_PER_REPORT == 0:
+                if is_report or slot not in self._unreachable:
+                    self._look_after(slot)
+            if is_report:
                 self._report_all()
             await asyncio.sleep(_TICK_S)
 

@@ -91,16 +91,18 @@ class ChainStore:
 
     def _untangle(self, chain: Chain, fresh: Sequence[SequenceHash], owners: list[Chain]) -> Sequence[SequenceHash]:
         """The leading blocks of `fresh` that were unknown; takes the others back out of `chain`."""
-        seen: set[SequenceHash] = set()
+        seen = set(chain.hashes)
+        count = 0
         for name, owner in zip(fresh, owners, strict=True):
             # No digest follows itself: of a worker that says so, the part that makes sense is taken.
             if owner is not chain or name in seen:
                 break
             seen.add(name)
-        for name, owner in zip(fresh[len(seen) :], owners[len(seen) :], strict=True):
+            count += 1
+        for name, owner in zip(fresh[count:], owners[count:], strict=True):
             if owner is chain and name not in seen:
                 self.blocks.pop(name, None)
-        return fresh[: len(seen)]
+        return fresh[:count]
 
     def _growable(self, parent: SequenceHash | None) -> Chain:
         chain = self.blocks.get(parent) if parent is not None else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from kelp.router.replicas.messages import Deltas, Snapshot, decode, encode
 
 _log = logging.getLogger(__name__)
 _SNAPSHOT, _EXPLAIN = b"snapshot", b"explain"
+_MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 _ASK_TIMEOUT_S = 1.0
 _RENEWALS_PER_LEASE = 4
 
@@ -64,6 +66,7 @@ class ReplicaLink:
         self._publisher, publisher_port = self._bound(zmq.PUB)
         self._answerer, answerer_port = self._bound(zmq.ROUTER)
         self._subscriber = self._context.socket(zmq.SUB)
+        self._subscriber.setsockopt(zmq.MAXMSGSIZE, _MAX_MESSAGE_BYTES)
         self._subscriber.subscribe(b"")
         host = self._config.host
         self._record = RouterRecord(
@@ -104,6 +107,7 @@ class ReplicaLink:
 
     def _bound(self, kind: int) -> tuple[zmq.asyncio.Socket, int]:
         socket = self._context.socket(kind)
+        socket.setsockopt(zmq.MAXMSGSIZE, _MAX_MESSAGE_BYTES)
         return socket, socket.bind_to_random_port(f"tcp://{self._config.host}")
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
@@ -119,9 +123,13 @@ class ReplicaLink:
     async def _keep_meeting(self) -> None:
         while True:
             await asyncio.sleep(self._config.heartbeat_s)
-            await self._meet()
-            self._parts.peers.lapse(self._parts.clock.monotonic_s())
-            self._catch_up()
+            try:
+                await self._meet()
+                self._parts.peers.lapse(self._parts.clock.monotonic_s())
+                self._catch_up()
+            except Exception:
+                # A supervisor's guard: whatever one record or one request did, the next round meets the others again.
+                _log.exception("a round with the other routers failed")
 
     async def _meet(self) -> None:
         """Renew the own record and read the others'; without a registry those known stay."""
@@ -143,9 +151,13 @@ class ReplicaLink:
         old = {record.loads_endpoint for record in self._records.values()}
         new = {record.loads_endpoint for record in others.values()}
         for endpoint in old - new:
-            self._subscriber.disconnect(f"tcp://{endpoint}")
+            with suppress(zmq.ZMQError):
+                self._subscriber.disconnect(f"tcp://{endpoint}")
         for endpoint in new - old:
-            self._subscriber.connect(f"tcp://{endpoint}")
+            try:
+                self._subscriber.connect(f"tcp://{endpoint}")
+            except zmq.ZMQError as error:
+                _log.warning("no news from the router at %s: %s", endpoint, error)
         self._records = others
 
     async def _publish(self) -> None:
@@ -169,9 +181,12 @@ class ReplicaLink:
             raw = await self._subscriber.recv()
             try:
                 self._parts.peers.receive(decode(Deltas, raw), self._parts.clock.monotonic_s())
+                self._catch_up()
             except ProtocolError as error:
                 _log.warning("ignored: %s", error)
-            self._catch_up()
+            except Exception:
+                # A supervisor's guard: one message must not make this router deaf.
+                _log.exception("a message of another router was not taken in")
 
     def _catch_up(self) -> None:
         for router_id in self._parts.peers.behind():
@@ -193,6 +208,7 @@ class ReplicaLink:
     async def _ask(self, record: RouterRecord, question: list[bytes]) -> bytes | None:
         """A socket of its own for each question: a lost answer then blocks nothing."""
         socket = self._context.socket(zmq.REQ)
+        socket.setsockopt(zmq.MAXMSGSIZE, _MAX_MESSAGE_BYTES)
         try:
             socket.connect(f"tcp://{record.answers_endpoint}")
             await socket.send_multipart(question)

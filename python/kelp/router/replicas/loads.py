@@ -239,4 +239,5 @@ class PeerLoads:
 
 
 def _peer_id(router_id: str, request_id: str) -> str:
-    return f"{router_id}|{request_id}"
+    # No client's own id begins like that.
+    return f"\0{router_id}|{request_id}"
