@@ -33,6 +33,18 @@ def fleet() -> Iterator[KelpServer]:
         yield server
 
 
+def test_a_prefill_server_killed_while_prefilling_is_done_without_and_comes_back(fleet: KelpServer) -> None:
+    # First of all tests: once a few handoffs have been measured, the router may find that they do not pay here.
+    expected = prefilling(fleet).undisturbed()
+    epoch, regions = fleet.records()["prefill"].epoch, num_regions(fleet)
+    answer = disturb_prefilling(fleet, lambda worker: tritonserver_of(fleet, worker).kill())
+    assert answer.token_ids == expected.token_ids
+    wait_back(fleet, "prefill", epoch)
+    wait_until(lambda: is_prefilled_by_it(fleet), "traffic to it again", 30.0)
+    check_serving(fleet)
+    assert num_regions(fleet) == regions
+
+
 def test_a_decode_server_killed_while_decoding_costs_no_token_and_comes_back(fleet: KelpServer) -> None:
     expected = decoding(fleet).undisturbed()
     epochs = {name: record.epoch for name, record in fleet.records().items()}
@@ -67,17 +79,6 @@ def test_a_guided_answer_stays_on_its_way_when_its_decode_server_is_killed(fleet
     assert (answer.text, answer.last.finish_reason) == (expected.text, "stop")
     wait_back(fleet, killed[0], epochs[killed[0]])
     check_serving(fleet)
-
-
-def test_a_prefill_server_killed_while_prefilling_is_done_without_and_comes_back(fleet: KelpServer) -> None:
-    expected = prefilling(fleet).undisturbed()
-    epoch, regions = fleet.records()["prefill"].epoch, num_regions(fleet)
-    answer = disturb_prefilling(fleet, lambda worker: tritonserver_of(fleet, worker).kill())
-    assert answer.token_ids == expected.token_ids
-    wait_back(fleet, "prefill", epoch)
-    wait_until(lambda: is_prefilled_by_it(fleet), "traffic to it again", 30.0)
-    check_serving(fleet)
-    assert num_regions(fleet) == regions
 
 
 def test_a_decode_worker_that_hangs_is_left_for_another(fleet: KelpServer) -> None:

@@ -169,7 +169,7 @@ def test_batches_lost_on_the_way_are_asked_for_again() -> None:
     asyncio.run(scenario())
 
 
-def test_a_publisher_that_goes_silent_is_noticed_and_followed_again_when_it_is_back() -> None:
+def test_a_publisher_that_goes_silent_is_noticed_and_its_next_incarnation_followed() -> None:
     async def scenario() -> None:
         async with feeding() as rig:
             with publishing() as publisher:
@@ -180,10 +180,13 @@ def test_a_publisher_that_goes_silent_is_noticed_and_followed_again_when_it_is_b
             await rig.is_in(SubscriptionState.RECOVERING)
             endpoints = (addressed.events_endpoint, addressed.replay_endpoint)
             ports = [int(endpoint.rpartition(":")[2]) for endpoint in endpoints]
-            with publishing(port=ports[0], replay_port=ports[1]) as again:
+            with publishing("f", port=ports[0], replay_port=ports[1]) as again:
                 store(again, 1, 2)
-                await rig.holds(1, 2)
-                await rig.is_in(SubscriptionState.LIVE)
+                rig.table.update([record_of(again, epoch="f")])
+                slot = rig.table.slot(("w", "f"))
+                assert slot is not None
+                await rig.holds(1, 2, slot=slot)
+                await rig.is_in(SubscriptionState.LIVE, slot)
 
     asyncio.run(scenario())
 
