@@ -40,7 +40,7 @@ lint: tools ## static checks: ruff, mypy, import-linter, hadolint
 	$(BIN)/hadolint Dockerfile
 
 check: lint ## static checks and the tests that need no Triton; under a minute
-	$(BIN)/python -m pytest -q -m "not slow and not triton and not gpu" $(wildcard $(CHECKED_TESTS)) $(ARGS)
+	$(BIN)/python -m pytest -q -n auto -m "not slow and not triton and not gpu" $(wildcard $(CHECKED_TESTS)) $(ARGS)
 
 bench: setup tools ## one benchmark suite (SUITE=serve, LONG=1)
 	$(BIN)/python -m perf.run $(SUITE) $(if $(LONG),--long) $(ARGS)

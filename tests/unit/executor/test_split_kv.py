@@ -32,6 +32,7 @@ def test_kernels_compile_for_ampere_and_hopper():
     run_apart(["split_kv_compiled.py"], TRITON_INTERPRET="0")
 
 
+@pytest.mark.slow
 def test_interpreted_kernels_agree_with_the_definition_on_a_mixed_step():
     cases = "agree_with_the_gather_backend or planned_on_the_device or interpreted_here"
     run_apart(["-m", "pytest", "-q", "--no-header", "split_kv_cases.py", "-k", cases], TRITON_INTERPRET="1")

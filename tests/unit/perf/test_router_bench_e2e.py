@@ -91,6 +91,7 @@ def test_metrics_that_are_better_when_small_count_so() -> None:
     assert {metric.name for metric in METRICS if not metric.is_lower_better} == {"tokens_per_s", "requests_per_s"}
 
 
+@pytest.mark.slow
 def test_prompts_have_the_asked_length_and_do_not_repeat(tmp_path: Path) -> None:
     folder = e2e_model.build(tmp_path / "tiny")
     assert e2e_model.build(folder) == folder

@@ -93,6 +93,7 @@ def test_every_option_is_explained_once() -> None:
         assert option in shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_long_run_without_a_traceback(number: signal.Signals, tmp_path: Path) -> None:
     target = tmp_path / "report.json"
