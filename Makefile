@@ -39,7 +39,7 @@ lint: tools ## static checks: ruff, mypy, import-linter, hadolint
 	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile
 
-check: lint ## static checks and the tests that need no Triton; under a minute
+check: lint ## static checks and the tests that need no Triton; about a minute
 	$(BIN)/python -m pytest -q -n auto -m "not slow and not triton and not gpu" $(wildcard $(CHECKED_TESTS)) $(ARGS)
 
 bench: setup tools ## one benchmark suite (SUITE=serve, LONG=1)
