@@ -16,6 +16,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError
 
+from kelp.core.config_kv import DiskTierConfig, KvManagerConfig, ObjectTierConfig, OffloadConfig
+from kelp.core.config_kv import EventsConfig as EventsConfig
 from kelp.core.config_replicas import QueueConfig, ReplicasConfig
 from kelp.core.config_routing import PolicyName as PolicyName
 from kelp.core.config_routing import RoutingConfig as RoutingConfig
@@ -166,41 +168,6 @@ class RouterConfig(_Group):
     """How often Triton is asked whether the client has gone."""
 
 
-class EventsConfig(_Group):
-    """KV events: how workers tell routers what their caches hold."""
-
-    enabled: bool = True
-    """Publish; routers can only guess what a worker holds that does not."""
-    host: str = "127.0.0.1"
-    """Address the event sockets bind and announce."""
-    port: Annotated[int, Field(ge=0, le=65535)] = 0
-    """Of the events; 0 takes a free one."""
-    replay_port: Annotated[int, Field(ge=0, le=65535)] = 0
-    """Where missed events and snapshots are asked for; 0 takes a free one."""
-    flush_interval_s: _Positive = 0.005
-    """Events of this long travel together."""
-    digest_interval_s: Annotated[float, Field(gt=0, le=3600)] = 2.0
-    """How often a worker says what its events should add up to; three times this without a sign is silence."""
-    max_queued_events: Annotated[int, Field(ge=16)] = 65536
-    """Events that wait for the publishing thread; beyond, the engine's thread files them itself."""
-    replay_batches: Annotated[int, Field(ge=1)] = 8192
-    """Past batches kept to be repeated; older gaps take a snapshot."""
-    replay_bytes: Annotated[int, Field(ge=1024)] = 32 * 1024 * 1024
-    """Most memory of those batches."""
-    max_message_bytes: Annotated[int, Field(ge=65536)] = 4 * 1024 * 1024
-    """A worker's larger message is refused."""
-    max_buffered_batches: Annotated[int, Field(ge=16)] = 4096
-    """Batches per worker that wait at the router while earlier ones are asked for."""
-    request_timeout_s: _Positive = 5.0
-    """A replay or snapshot that brings nothing for this long has failed."""
-    max_backoff_s: _Positive = 10.0
-    """Longest wait before a failed request is repeated; it starts at a fortieth and doubles."""
-    audit_interval_s: _Positive = 10.0
-    """How often a quiet worker without digests (vLLM, SGLang) is asked for what may have been missed."""
-    drop_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """For fault tests: this share of batches is never sent."""
-
-
 class RegistryConfig(_Group):
     """Where workers find each other."""
 
@@ -239,6 +206,10 @@ class KelpConfig(_Group):
     queue: QueueConfig = QueueConfig()
     replicas: ReplicasConfig = ReplicasConfig()
     events: EventsConfig = EventsConfig()
+    kv_manager: KvManagerConfig = KvManagerConfig()
+    disk_tier: DiskTierConfig = DiskTierConfig()
+    object_tier: ObjectTierConfig = ObjectTierConfig()
+    offload: OffloadConfig = OffloadConfig()
     registry: RegistryConfig = RegistryConfig()
     server: ServerConfig = ServerConfig()
 

@@ -45,6 +45,14 @@ def seed_hash(model_id: str, lora_id: str = "", cache_salt: str = "") -> Sequenc
     return SequenceHash(digest.digest())
 
 
+def tenant_digest(cache_salt: str) -> bytes:
+    """Who a block belongs to, for quotas and removal: 16 bytes that do not tell the salt. Without a salt: everybody's.
+
+    Not an identity of content: that is the salt's part in `seed_hash`.
+    """
+    return hashlib.blake2b(cache_salt.encode(), digest_size=_DIGEST_BYTES, person=b"kelp-kv-tenant").digest()
+
+
 class MediaSpan(NamedTuple):
     """Positions of a prompt that stand for an image, a clip or a sound.
 

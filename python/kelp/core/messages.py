@@ -69,6 +69,7 @@ class GenerateCommand(Message):
             generated for `max_tokens`, penalties and seeds, and are not emitted again.
         lora_name: Adapter to compute with; empty for none.
         lora_digest: Its content when the prompt was hashed; a worker that loaded another refuses.
+        tenant_hex: `core.hashing.tenant_digest` of the cache salt, hex; empty: of the empty salt.
     """
 
     op: Literal["generate"] = "generate"
@@ -81,6 +82,7 @@ class GenerateCommand(Message):
     remaining_ms: Annotated[float, Field(gt=0, lt=1e10)] | None = None
     lora_name: Annotated[str, Field(max_length=256)] = ""
     lora_digest: LoraDigest = ""
+    tenant_hex: Annotated[str, Field(pattern=r"^([0-9a-f]{32})?$")] = ""
 
 
 class DrainCommand(Message):

@@ -13,6 +13,14 @@ Who calls what, per request:
                 -> `complete_import` -> Tokens* -> Completed | Failed
                 or `fail_import`: the executor computes the prompt itself (local prefill)
 
+A prompt whose leading blocks lie in a lower tier, `onboard_blocks` of them, goes like this in roles aggregated and
+prefill:
+
+    submit -> Admitted, Reserved -> [worker brings KV into the reserved blocks] -> `complete_onboard` -> as above
+
+without `Reserved` if the prefix cache has them all by then. Blocks go down by `watch_seals`: the executor tells which
+blocks are final, and those that the watcher keeps stay as they are until `release_kept`.
+
 `abort` is allowed at any moment and idempotent; the last event is then `Completed(CANCELLED)`. An executor never
 writes into reserved blocks before `complete_import`, and after an abort it keeps them out of use until
 `end_import`, because a transfer may still be writing there.
@@ -20,7 +28,7 @@ writes into reserved blocks before `complete_import`, and after an abort it keep
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -112,7 +120,10 @@ class Prefilled:
 
 @dataclass(frozen=True, slots=True)
 class Reserved:
-    """All blocks of an imported prompt, in order; the first `num_cached_blocks` already hold their KV."""
+    """All blocks of an imported prompt, in order; the first `num_cached_blocks` already hold their KV.
+
+    Of an onboarding, its `onboard_blocks` leading blocks.
+    """
 
     block_ids: tuple[BlockId, ...]
     num_cached_blocks: int
@@ -153,6 +164,9 @@ class ExecutorRequest:
         lora_name: Adapter to compute with; empty for none. `seed_hash` already tells its KV apart.
         lora_digest: Content of the adapter that `seed_hash` stands for, as in `ExecutorLimits.adapters`.
         deadline_s: `time.monotonic()` value after which the executor fails the request with DeadlineExceeded.
+        tenant: `core.hashing.tenant_digest` of the cache salt; empty: of the empty salt.
+        onboard_blocks: Leading full prompt blocks that the worker can bring from lower tiers; fewer than the prompt
+            has tokens for, so that at least one token is computed.
     """
 
     request_id: str
@@ -165,6 +179,8 @@ class ExecutorRequest:
     deadline_s: float | None = None
     lora_name: str = ""
     lora_digest: str = ""
+    tenant: bytes = b""
+    onboard_blocks: int = 0
 
     @property
     def num_original_tokens(self) -> int:
@@ -175,6 +191,27 @@ class ExecutorRequest:
     def num_tokens_to_come(self) -> int:
         """Most tokens that this request may still generate."""
         return self.sampling.max_tokens - self.num_generated
+
+
+@dataclass(frozen=True, slots=True)
+class SealedBlock:
+    """A full block whose KV is final.
+
+    Attributes:
+        parent: The block before it; None for the first of its sequence.
+        position: Its index in the sequence.
+        tenant: See `ExecutorRequest`.
+    """
+
+    block_id: BlockId
+    sequence_hash: SequenceHash
+    parent: SequenceHash | None
+    position: int
+    tenant: bytes
+
+
+SealWatch = Callable[[Sequence[SealedBlock]], int]
+"""Takes sealed blocks of one sequence, in order, and says how many of them, from the first on, it keeps."""
 
 
 class Executor(Protocol):
@@ -243,3 +280,28 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """Stop the engine; every live request gets `Failed`. Blocks until the thread has ended."""
+
+
+class TieredExecutor(Executor, Protocol):
+    """An executor whose blocks can go to lower tiers and come back; any other serves without them."""
+
+    def watch_seals(self, watch: SealWatch, watermark: float | None) -> None:
+        """Tell of final blocks from the executor's thread; what the watch keeps is not evicted until `release_kept`.
+
+        To be called at most once, before the first `submit`. The watch never blocks.
+
+        Args:
+            watch: See `SealWatch`.
+            watermark: None tells of blocks when they are sealed (write-through). Else of cached blocks that are next
+                to be evicted and were not told of before, while less than this share of the pool is free (write-back).
+        """
+
+    def release_kept(self, block_ids: Sequence[BlockId]) -> None:
+        """Let go of kept blocks; each once."""
+
+    def complete_onboard(self, request_id: str, num_blocks: int) -> None:
+        """The first `num_blocks` reserved blocks hold their KV, cached ones included: compute the rest.
+
+        Fewer than were reserved is fine. No transfer writes into the others any more. Answers `Reserved` of a request
+        with `onboard_blocks` exactly once, unless it was aborted: then `end_import`.
+        """

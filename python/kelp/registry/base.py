@@ -69,6 +69,7 @@ class WorkerRecord(StampedRecord):
         replay_endpoint: `host:port` of the ZMQ ROUTER socket that repeats missed events and gives snapshots.
         max_step_tokens: Token budget of one step; 0 if unknown.
         max_running: Sequences that run at once; 0 if unknown.
+        kv_manager_id: The block manager that keeps this worker's lower tiers; empty for none.
         tags: Where the worker stands, `zone` and `rack` for example; requests may require or prefer values.
     """
 
@@ -83,6 +84,7 @@ class WorkerRecord(StampedRecord):
     layout: LayoutRecord
     events_endpoint: Annotated[str, Field(max_length=256)] = ""
     replay_endpoint: Annotated[str, Field(max_length=256)] = ""
+    kv_manager_id: Annotated[str, Field(max_length=256)] = ""
     max_step_tokens: _Count = 0
     max_running: _Count = 0
     tags: Annotated[dict[_Name, _Name], Field(max_length=16)] = {}
@@ -112,8 +114,30 @@ class RouterRecord(StampedRecord):
     answers_endpoint: _Name
 
 
+class KvManagerRecord(StampedRecord):
+    """One KV block manager as the workers of its host and the routers find it.
+
+    Attributes:
+        manager_id: `<endpoint>/<model_name>`; stable over restarts.
+        epoch: Random per incarnation.
+        host: Name of the host whose workers it serves.
+        endpoint: `host:port` of the tritonserver's gRPC service.
+        events_endpoint: `host:port` of the ZMQ PUB socket with its KV events (tiers host, disk and object).
+        replay_endpoint: `host:port` of the ZMQ ROUTER socket that repeats missed events and gives snapshots.
+    """
+
+    manager_id: _Name
+    epoch: _Name
+    host: _Name
+    endpoint: _Name
+    model_name: _Name
+    events_endpoint: Annotated[str, Field(max_length=256)] = ""
+    replay_endpoint: Annotated[str, Field(max_length=256)] = ""
+
+
 WORKER_RECORD: TypeAdapter[WorkerRecord] = TypeAdapter(WorkerRecord)
 ROUTER_RECORD: TypeAdapter[RouterRecord] = TypeAdapter(RouterRecord)
+KV_MANAGER_RECORD: TypeAdapter[KvManagerRecord] = TypeAdapter(KvManagerRecord)
 
 
 class Registry(Protocol):

@@ -20,12 +20,22 @@ from kelp.core.types import BlockId
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """A pool of equal blocks: block *b* is `num_bytes_per_block` bytes at `base_address + b * …`."""
+    """A pool of equal blocks: block *b* is `block_bytes` bytes at `base_address + b * stride`.
+
+    Attributes:
+        stride_bytes: From one block to the next; 0 if they lie side by side.
+    """
 
     base_address: int
     num_blocks: int
     block_bytes: int
     device: str
+    stride_bytes: int = 0
+
+    @property
+    def stride(self) -> int:
+        """Bytes from one block to the next."""
+        return self.stride_bytes or self.block_bytes
 
 
 class TransferState(enum.Enum):

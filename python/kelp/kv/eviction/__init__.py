@@ -1,0 +1,1 @@
+"""Which block leaves a full tier first: one small module per policy over one contract."""
