@@ -26,6 +26,7 @@ WAIT_S = 30.0
 PROMPT = [5, 9, 2, 40, 33, 7, 7, 1, 60, 12]
 """Two full blocks and a half."""
 
+_BESIDE = ("deadline_s", "num_generated", "tenant", "onboard_blocks")
 Build = Callable[..., Executor]
 
 
@@ -116,7 +117,7 @@ class Client:
         recorder = Recorder(self.executor, request_id)
         recorder.on_event = fields.pop("on_event", recorder.on_event)
         self.num_submitted += 1
-        beside = {name: fields.pop(name) for name in ("deadline_s", "num_generated") if name in fields}
+        beside = {name: fields.pop(name) for name in _BESIDE if name in fields}
         request = ExecutorRequest(
             request_id=request_id,
             prompt=np.asarray(prompt, np.int32),

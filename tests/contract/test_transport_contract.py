@@ -119,6 +119,21 @@ def test_blocks_arrive_where_they_were_asked_for_and_nowhere_else(owner: Owner, 
     assert (reader.pool == expected).all()
 
 
+def test_blocks_land_in_a_pool_that_spaces_them_apart(kind: str, owner: Owner) -> None:
+    stride = BLOCK_BYTES + 4096
+    pool = np.zeros((4, stride), dtype=np.uint8)
+    agent: Agent = open_agent(kind, "arena")
+    agent.register(Region(pool.ctypes.data, 4, BLOCK_BYTES, "cpu", stride), pool)
+    peer = agent.connect(owner.metadata, owner.region)
+    transfer = agent.start_read(peer, [BlockId(5), BlockId(6)], [BlockId(3), BlockId(1)])
+    finish(transfer)
+    transfer.release()
+    agent.close()
+    expected = np.zeros((4, stride), dtype=np.uint8)
+    expected[3, :BLOCK_BYTES], expected[1, :BLOCK_BYTES] = 5, 6
+    assert (pool == expected).all()
+
+
 def test_connecting_writes_into_no_local_block(owner: Owner, reader: Reader) -> None:
     reader.pool[:] = 200
     reader.agent.connect(owner.metadata, owner.region)

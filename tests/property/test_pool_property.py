@@ -22,6 +22,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool = BlockPool(NUM_BLOCKS)
         self.holders: list[list[BlockId]] = []
         self.sealed: dict[SequenceHash, BlockId] = {}
+        self.pinned: set[BlockId] = set()
 
     @precondition(lambda self: self.pool.num_available > 0)
     @rule(data=st.data())
@@ -29,6 +30,7 @@ class PoolMachine(RuleBasedStateMachine):
         held = {block_id for holder in self.holders for block_id in holder}
         blocks = self.pool.allocate(data.draw(st.integers(1, self.pool.num_available)))
         assert not held & set(blocks), "a held block was handed out"
+        assert not self.pinned & set(blocks), "a pinned block was handed out"
         assert len(set(blocks)) == len(blocks)
         self.sealed = {key: value for key, value in self.sealed.items() if value not in blocks}
         self.holders.append(blocks)
@@ -66,6 +68,22 @@ class PoolMachine(RuleBasedStateMachine):
         if expected:
             self.holders.append(expected)
 
+    @rule(data=st.data())
+    def pin(self, data: st.DataObject) -> None:
+        unpinned = sorted(set(self.sealed.values()) - self.pinned)
+        chosen = data.draw(st.lists(st.sampled_from(unpinned), unique=True)) if unpinned else []
+        self.pool.pin(chosen)
+        self.pinned.update(chosen)
+
+    @precondition(lambda self: self.pinned)
+    @rule(data=st.data())
+    def unpin(self, data: st.DataObject) -> None:
+        chosen = data.draw(st.lists(st.sampled_from(sorted(self.pinned)), unique=True))
+        before = self.pool.next_evicted(NUM_BLOCKS)
+        self.pool.unpin(chosen)
+        self.pinned.difference_update(chosen)
+        assert self.pool.next_evicted(NUM_BLOCKS) == before, "a pin changes no order"
+
     @invariant()
     def counts_agree(self) -> None:
         self.pool.check_integrity()
@@ -75,10 +93,17 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.pool.num_held == len(references)
         unheld = [block_id for block_id in self.sealed.values() if not references[block_id]]
         assert self.pool.num_cached == len(unheld)
+        assert self.pool.num_pinned == len(self.pinned)
+        assert self.pool.num_available == NUM_BLOCKS - len(references) - len(set(unheld) & self.pinned)
+        assert self.pool.count_known([name(index) for index in range(10)]) == next(
+            (index for index in range(10) if name(index) not in self.sealed), 10
+        )
 
     def teardown(self) -> None:
         for holder in self.holders:
             self.pool.release(holder)
+        self.pool.unpin(self.pinned)
+        assert self.pool.num_available == NUM_BLOCKS
         assert self.pool.num_held == 0
 
 

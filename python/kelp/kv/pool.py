@@ -4,11 +4,12 @@ A block is in exactly one state:
 
     FREE    nobody holds it, its content means nothing
     HELD    at least one reference; sealed (its hash is known) or not
-    CACHED  sealed, no reference: may be matched again, or evicted
+    CACHED  sealed, no reference: may be matched again, or evicted unless it is pinned
 
 `allocate` and `match` take references, `release` returns them; a reference outlives its request for as long as
 a transfer may touch the block (lease, quarantine), so this module needs no notion of either. Blocks released
-together are evicted tail first: a prefix is worth more than what follows it.
+together are evicted tail first: a prefix is worth more than what follows it. A pin is for who reads a sealed block
+without being its user: unlike a reference it leaves the order of eviction as it is.
 
 Bookkeeping only: knows nothing of tensors, engines or transports. Not thread-safe: one thread owns a pool.
 """
@@ -16,9 +17,9 @@ Bookkeeping only: knows nothing of tensors, engines or transports. Not thread-sa
 from __future__ import annotations
 
 import enum
+import itertools
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from kelp.core.errors import CapacityError, InternalError
 from kelp.core.kv_events import BlocksRemoved, BlocksStored, KVEventSink
@@ -33,32 +34,29 @@ class BlockState(enum.Enum):
     CACHED = "cached"
 
 
-@dataclass(slots=True)
-class _Block:
-    state: BlockState = BlockState.FREE
-    num_references: int = 0
-    sequence_hash: SequenceHash | None = None
-
-
 class BlockPool:
     """Reference counts and the prefix cache over `num_blocks` equal blocks."""
 
     def __init__(self, num_blocks: int) -> None:
         assert num_blocks > 0
-        self._blocks = [_Block() for _ in range(num_blocks)]
+        # Columns, because a request goes through a hundred blocks. The state of a block follows from its entries.
+        self._num_references = [0] * num_blocks
+        self._hashes: list[SequenceHash | None] = [None] * num_blocks
         self._free: deque[BlockId] = deque(BlockId(index) for index in range(num_blocks))
         self._cached: OrderedDict[BlockId, None] = OrderedDict()
         self._by_hash: dict[SequenceHash, BlockId] = {}
-        self._sink: KVEventSink = lambda _: None
+        self._pinned: set[BlockId] = set()
+        self._num_pinned_cached = 0
+        self._sinks: list[KVEventSink] = []
 
     def watch(self, sink: KVEventSink) -> None:
-        """Report every block that can be matched from now on, or no longer, as it happens."""
-        self._sink = sink
+        """Report every block that can be matched from now on, or no longer, as it happens, to this sink as well."""
+        self._sinks.append(sink)
 
     @property
     def num_blocks(self) -> int:
         """Blocks in the pool."""
-        return len(self._blocks)
+        return len(self._num_references)
 
     @property
     def num_free(self) -> int:
@@ -78,15 +76,22 @@ class BlockPool:
     @property
     def num_available(self) -> int:
         """Blocks that `allocate` can hand out."""
-        return self.num_free + self.num_cached
+        return len(self._free) + len(self._cached) - self._num_pinned_cached
+
+    @property
+    def num_pinned(self) -> int:
+        """Blocks that are not evicted, whoever holds them."""
+        return len(self._pinned)
 
     def state(self, block_id: BlockId) -> BlockState:
         """State of one block."""
-        return self._block(block_id).state
+        if self._num_references[self._checked(block_id)]:
+            return BlockState.HELD
+        return BlockState.FREE if self._hashes[block_id] is None else BlockState.CACHED
 
     def num_references(self, block_id: BlockId) -> int:
         """References on one block."""
-        return self._block(block_id).num_references
+        return self._num_references[self._checked(block_id)]
 
     def allocate(self, count: int) -> list[BlockId]:
         """Take `count` blocks with one reference each, evicting cached ones only when no free one is left.
@@ -96,10 +101,12 @@ class BlockPool:
         """
         if count > self.num_available:
             raise CapacityError(f"{count} KV blocks asked for, {self.num_available} available")
-        evicted: list[SequenceHash] = []
-        taken = [self._take(evicted) for _ in range(count)]
-        if evicted:
-            self._sink(BlocksRemoved(tuple(evicted)))
+        num_free = min(count, len(self._free))
+        taken = [self._free.popleft() for _ in range(num_free)]
+        if num_free < count:
+            taken += self._evict(count - num_free)
+        for block_id in taken:
+            self._num_references[block_id] = 1
         return taken
 
     def reference(self, block_ids: Iterable[BlockId]) -> None:
@@ -109,7 +116,8 @@ class BlockPool:
             InternalError: A block is not held.
         """
         for block_id in block_ids:
-            self._held(block_id, "reference").num_references += 1
+            self._check_held((block_id,), "reference")
+            self._num_references[block_id] += 1
 
     def release(self, block_ids: Sequence[BlockId]) -> None:
         """Give one reference of each back; `block_ids` are in sequence order, so the tail is evicted first.
@@ -117,39 +125,57 @@ class BlockPool:
         Raises:
             InternalError: A block is not held (double free).
         """
+        self._check_held(block_ids, "release")
         for block_id in reversed(block_ids):
-            block = self._held(block_id, "release")
-            block.num_references -= 1
-            if block.num_references:
+            num_left = self._num_references[block_id] - 1
+            if num_left < 0:
+                raise InternalError(f"release of block {block_id} more often than it is held")
+            self._num_references[block_id] = num_left
+            if num_left:
                 continue
-            if block.sequence_hash is None:
-                block.state = BlockState.FREE
+            if self._hashes[block_id] is None:
                 self._free.append(block_id)
             else:
-                block.state = BlockState.CACHED
                 self._cached[block_id] = None
+                self._num_pinned_cached += block_id in self._pinned
 
     def seal(self, block_id: BlockId, sequence_hash: SequenceHash, parent: SequenceHash | None = None) -> bool:
-        """Declare the content of a held, full block final; `parent` names the block before it, None the first's.
+        """`seal_run` of one block; returns whether the block can now be matched."""
+        self.seal_run((block_id,), (sequence_hash,), parent)
+        return self._by_hash[sequence_hash] == block_id
+
+    def seal_run(
+        self, block_ids: Sequence[BlockId], hashes: Sequence[SequenceHash], parent: SequenceHash | None = None
+    ) -> None:
+        """Declare the content of held, full blocks final, which follow each other in one sequence.
 
         Of several blocks with one hash the first stays the canonical one; the others stay anonymous and become
         free, not cached, at their release.
 
-        Returns:
-            Whether the block can now be matched.
+        Args:
+            block_ids: The blocks.
+            hashes: Their names.
+            parent: Names the block before the first one; None at the start of a sequence.
 
         Raises:
-            InternalError: The block is not held, or already sealed under another hash.
+            InternalError: A block is not held, and nothing was sealed; or one is already sealed under another hash,
+                and those before it were sealed.
         """
-        block = self._held(block_id, "seal")
-        if block.sequence_hash not in (None, sequence_hash):
-            raise InternalError(f"block {block_id} is already sealed under another hash")
-        if self._by_hash.setdefault(sequence_hash, block_id) != block_id:
-            return False
-        if block.sequence_hash is None:
-            block.sequence_hash = sequence_hash
-            self._sink(BlocksStored((sequence_hash,), parent))
-        return True
+        self._check_held(block_ids, "seal")
+        stored: list[SequenceHash] = []
+        try:
+            for block_id, sequence_hash in zip(block_ids, hashes, strict=True):
+                known = self._hashes[block_id]
+                if known is not None and known != sequence_hash:
+                    raise InternalError(f"block {block_id} is already sealed under another hash")
+                if self._by_hash.setdefault(sequence_hash, block_id) == block_id and known is None:
+                    self._hashes[block_id] = sequence_hash
+                    stored.append(sequence_hash)
+                else:
+                    self._tell_stored(stored, parent)
+                    stored, parent = [], sequence_hash
+        finally:
+            self._tell_stored(stored, parent)
 
     def match(self, hashes: Sequence[SequenceHash]) -> list[BlockId]:
         """Take a reference on each block of the longest known prefix of `hashes`; they may be fewer, or none."""
@@ -158,13 +184,49 @@ class BlockPool:
             block_id = self._by_hash.get(sequence_hash)
             if block_id is None:
                 break
-            block = self._blocks[block_id]
-            if block.state is BlockState.CACHED:
+            if not self._num_references[block_id]:
                 del self._cached[block_id]
-                block.state = BlockState.HELD
-            block.num_references += 1
+                self._num_pinned_cached -= block_id in self._pinned
+            self._num_references[block_id] += 1
             found.append(block_id)
         return found
+
+    def count_known(self, hashes: Iterable[SequenceHash]) -> int:
+        """How many leading ones of `hashes` could be matched right now; a hint that any thread may ask for."""
+        return sum(1 for _ in itertools.takewhile(self._by_hash.__contains__, hashes))
+
+    def block_of(self, sequence_hash: SequenceHash) -> BlockId | None:
+        """The block that can be matched under a name."""
+        return self._by_hash.get(sequence_hash)
+
+    def next_evicted(self, count: int) -> list[SequenceHash]:
+        """Names of the cached blocks that would be evicted first, `count` at most, pins left aside."""
+        hashes = [self._hashes[block_id] for block_id in itertools.islice(self._cached, count)]
+        return [sequence_hash for sequence_hash in hashes if sequence_hash is not None]
+
+    def pin(self, block_ids: Iterable[BlockId]) -> None:
+        """Keep sealed blocks from being evicted until `unpin`.
+
+        Raises:
+            InternalError: A block is pinned already, or not sealed.
+        """
+        for block_id in block_ids:
+            if self._hashes[self._checked(block_id)] is None or block_id in self._pinned:
+                raise InternalError(f"pin of block {block_id}, which is pinned already or not sealed")
+            self._pinned.add(block_id)
+            self._num_pinned_cached += not self._num_references[block_id]
+
+    def unpin(self, block_ids: Iterable[BlockId]) -> None:
+        """Let blocks be evicted again.
+
+        Raises:
+            InternalError: A block is not pinned.
+        """
+        for block_id in block_ids:
+            if block_id not in self._pinned:
+                raise InternalError(f"unpin of block {block_id}, which is not pinned")
+            self._pinned.remove(block_id)
+            self._num_pinned_cached -= not self._num_references[block_id]
 
     def check_integrity(self) -> None:
         """Verify every invariant; for tests, and cheap enough for an idle engine.
@@ -175,45 +237,59 @@ class BlockPool:
         free = set(self._free)
         _require(len(free) == len(self._free), "a block is in the free list twice")
         hashes: dict[SequenceHash, BlockId] = {}
-        for index, block in enumerate(self._blocks):
+        for index, (num_references, sequence_hash) in enumerate(zip(self._num_references, self._hashes, strict=True)):
             block_id = BlockId(index)
-            _require((block_id in free) == (block.state is BlockState.FREE), f"block {index}: free list")
-            cached = block_id in self._cached
-            _require(cached == (block.state is BlockState.CACHED), f"block {index}: cache list")
-            is_held = block.state is BlockState.HELD
-            _require((block.num_references > 0) == is_held, f"block {index}: references")
-            if block.state is not BlockState.HELD:
-                _require((block.sequence_hash is not None) == cached, f"block {index}: seal")
-            if block.sequence_hash is not None:
-                hashes[block.sequence_hash] = block_id
+            _require(num_references >= 0, f"block {index}: references")
+            state = self.state(block_id)
+            _require((block_id in free) == (state is BlockState.FREE), f"block {index}: free list")
+            _require((block_id in self._cached) == (state is BlockState.CACHED), f"block {index}: cache list")
+            if sequence_hash is not None:
+                hashes[sequence_hash] = block_id
         _require(hashes == self._by_hash, "the hash index differs from the sealed blocks")
+        _require(self._pinned <= set(hashes.values()), "a pinned block has no name")
+        _require(self._num_pinned_cached == len(self._pinned & self._cached.keys()), "pinned cached blocks")
 
-    def _take(self, evicted: list[SequenceHash]) -> BlockId:
-        block_id = self._free.popleft() if self._free else self._evict(evicted)
-        block = self._blocks[block_id]
-        block.state = BlockState.HELD
-        block.num_references = 1
+    def _tell_stored(self, hashes: list[SequenceHash], parent: SequenceHash | None) -> None:
+        if hashes:
+            self._tell(BlocksStored(tuple(hashes), parent))
+
+    def _tell(self, event: BlocksStored | BlocksRemoved) -> None:
+        for sink in self._sinks:
+            sink(event)
+
+    def _take_cached(self, count: int) -> list[BlockId]:
+        if not self._num_pinned_cached:
+            return [self._cached.popitem(last=False)[0] for _ in range(count)]
+        unpinned = (block_id for block_id in self._cached if block_id not in self._pinned)
+        block_ids = list(itertools.islice(unpinned, count))
+        for block_id in block_ids:
+            del self._cached[block_id]
+        return block_ids
+
+    def _evict(self, count: int) -> list[BlockId]:
+        block_ids = self._take_cached(count)
+        evicted: list[SequenceHash] = []
+        for block_id in block_ids:
+            sequence_hash = self._hashes[block_id]
+            assert sequence_hash is not None
+            del self._by_hash[sequence_hash]
+            self._hashes[block_id] = None
+            evicted.append(sequence_hash)
+        self._tell(BlocksRemoved(tuple(evicted)))
+        return block_ids
+
+    def _checked(self, block_id: BlockId) -> BlockId:
+        if not 0 <= block_id < len(self._num_references):
+            raise InternalError(f"block {block_id} is outside the pool of {len(self._num_references)}")
         return block_id
 
-    def _evict(self, evicted: list[SequenceHash]) -> BlockId:
-        block_id, _ = self._cached.popitem(last=False)
-        block = self._blocks[block_id]
-        assert block.sequence_hash is not None
-        del self._by_hash[block.sequence_hash]
-        evicted.append(block.sequence_hash)
-        block.sequence_hash = None
-        return block_id
-
-    def _block(self, block_id: BlockId) -> _Block:
-        if not 0 <= block_id < len(self._blocks):
-            raise InternalError(f"block {block_id} is outside the pool of {len(self._blocks)}")
-        return self._blocks[block_id]
-
-    def _held(self, block_id: BlockId, action: str) -> _Block:
-        block = self._blocks[block_id] if 0 <= block_id < len(self._blocks) else self._block(block_id)
-        if block.state is not BlockState.HELD:
-            raise InternalError(f"{action} of block {block_id}, which is {block.state.value}")
-        return block
+    def _check_held(self, block_ids: Sequence[BlockId], action: str) -> None:
+        is_inside = not block_ids or (min(block_ids) >= 0 and max(block_ids) < len(self._num_references))
+        if is_inside and all(map(self._num_references.__getitem__, block_ids)):
+            return
+        for block_id in block_ids:
+            if self.state(block_id) is not BlockState.HELD:
+                raise InternalError(f"{action} of block {block_id}, which is {self.state(block_id).value}")
 
 
 def _require(condition: bool, what: str) -> None:

@@ -5,11 +5,11 @@ Blocks with output are never named: the workload does not say what was generated
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kelp.core.types import BlockId, Role, SequenceHash
-from kelp.executor.batching.schedulable import Stage
+from kelp.executor.batching.schedulable import Sealable, Stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +68,7 @@ class SimSequence:
 
     num_flights = 0
     num_foreseen = 0
+    num_onboardable = 0
     is_foreseeable = True
 
     def __init__(self, task: Task, owner: object, arrival: int, now_s: float) -> None:
@@ -128,12 +129,14 @@ class SimSequence:
         self.num_pending = self.num_tokens
         return block_ids
 
-    def take_sealable(self) -> Iterable[tuple[BlockId, SequenceHash, SequenceHash | None]]:
+    def take_sealable(self) -> Sealable | None:
         """See `Schedulable`."""
-        hashes, block_ids = self.hashes, self.block_ids
-        first = self._num_sealed
-        self._num_sealed = num_full = max(first, min(self.num_computed // self.block_size, len(hashes)))
-        return [(block_ids[i], hashes[i], hashes[i - 1] if i else None) for i in range(first, num_full)]
+        first, num_full = self._num_sealed, min(self.num_computed // self.block_size, len(self.hashes))
+        if num_full <= first:
+            return None
+        self._num_sealed = num_full
+        parent = self.hashes[first - 1] if first else None
+        return Sealable(self.block_ids[first:num_full], self.hashes[first:num_full], parent, first)
 
     def import_prompt(self) -> None:
         """A peer has put the prompt's KV into the blocks, and sends the first token."""

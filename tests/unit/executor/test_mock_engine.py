@@ -75,6 +75,13 @@ def test_several_tokens_per_step_are_the_same_tokens_in_fewer_steps(tmp_path: Pa
     assert load.num_draft_tokens == load.num_accepted_tokens == 28
 
 
+def test_as_many_tokens_per_step_as_configured_come_from_the_first_step_on(tmp_path: Path) -> None:
+    rig = MockRig(tmp_path, MockConfig(tokens_per_step=64), num_blocks=128)
+    answers = [rig.submit([index + 10, *PROMPT], 65) for index in range(3)]
+    assert rig.run() == 2
+    assert [len(tokens_of(answer)) for answer in answers] == [65] * 3
+
+
 def test_wrong_guesses_about_a_sampled_answer_do_no_harm(tmp_path: Path) -> None:
     rig = MockRig(tmp_path, MockConfig(tokens_per_step=4))
     sampling = SamplingParams(temperature=1.0, seed=1)

@@ -29,6 +29,20 @@ def test_states_are_the_same_one_by_one_in_pieces_and_at_once(tokens: list[int],
         assert whole[: len(head)] + rest == whole
 
 
+@given(TOKENS, st.sampled_from([0.0, 1.0]), st.integers(0, 2**32))
+def test_the_tokens_after_many_states_are_those_after_each_of_them(
+    tokens: list[int], temperature: float, seed: int
+) -> None:
+    sampling = SamplingParams(temperature=temperature, seed=seed)
+    states = next_states(EMPTY, np.array(tokens, np.int32), 0)
+    one_by_one = [VOCABULARY.token_after(state, sampling) for state in states.tolist()]
+    assert VOCABULARY.tokens_after(states, sampling) == one_by_one
+    said = VOCABULARY.continuation(tokens, 3, sampling)
+    assert said == [
+        VOCABULARY.token_after(states_of([*tokens, *said[:index]])[-1], sampling) for index in range(len(said))
+    ]
+
+
 @given(st.lists(st.integers(0, 150_000), min_size=2, max_size=40), st.data())
 def test_a_state_tells_another_token_and_another_order_apart(tokens: list[int], data: st.DataObject) -> None:
     index = data.draw(st.integers(0, len(tokens) - 1))

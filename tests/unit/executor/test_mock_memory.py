@@ -36,6 +36,16 @@ def test_what_was_written_is_found_and_can_be_continued(memory: KVMemory) -> Non
     assert memory.find_wrong_block(BLOCKS, more) is None
 
 
+@pytest.mark.parametrize("cut", range(11))
+def test_a_sequence_may_be_written_in_pieces_that_end_anywhere(cut: int) -> None:
+    memory = KVMemory(mock_layout(8, 4, "float32", "mock"))
+    states = next_states(EMPTY, TOKENS, 0)
+    memory.write(BLOCKS, 0, states[:cut])
+    memory.write(tuple(BLOCKS), cut, states[cut:])
+    assert memory.find_wrong_block(BLOCKS, TOKENS) is None
+    assert memory.find_wrong_block([BlockId(1)], TOKENS[:1]) == 0
+
+
 @pytest.mark.parametrize(
     ("block_ids", "wrong"),
     [([5, 3, 0], 1), ([1, 0, 3], 0), ([5, 0, 4], 2)],

@@ -189,3 +189,24 @@ def test_dropped_batches_are_missing_from_the_stream_and_not_from_a_replay() -> 
             while True:
                 received += sub.recv_multipart()[0] == b"kelp-kv/e"
         assert received < 20
+
+
+def test_every_event_goes_out_whenever_it_comes() -> None:
+    with publishing(flush_interval_s=0.001) as publisher, connected(zmq.DEALER, publisher.replay_endpoint) as dealer:
+        for block in range(20):
+            num_batches = len(replayed(dealer, 1))
+            store(publisher, block)
+            batches = replayed(dealer, num_batches + 1)
+            (stored,) = decode_own(batches[-1][2], LIMIT).events
+            assert isinstance(stored, BlocksStored) and stored.hashes == (digest16(block),)
+
+
+def test_events_that_come_within_the_interval_share_a_message() -> None:
+    with publishing(flush_interval_s=60.0) as publisher, connected(zmq.DEALER, publisher.replay_endpoint) as dealer:
+        replayed(dealer, 1)
+        store(publisher, 0, 1)
+        assert len(answer(dealer, encode_seq(0))) == 1
+        store(publisher, 2)
+        answer(dealer, SNAPSHOT_REQUEST)
+        _, shared = answer(dealer, encode_seq(0))
+        assert decode_own(shared[2], LIMIT).events == (BlocksStored(tuple(map(digest16, range(3))), None),)

@@ -1,6 +1,7 @@
 import pytest
 
 from kelp.core.errors import CapacityError, InternalError
+from kelp.core.kv_events import BlocksRemoved, BlocksStored
 from kelp.core.types import BlockId, SequenceHash
 from kelp.kv.pool import BlockPool, BlockState
 
@@ -152,3 +153,60 @@ def test_the_integrity_check_notices_broken_bookkeeping():
     pool._free.append(BlockId(0))
     with pytest.raises(InternalError, match="free list twice"):
         pool.check_integrity()
+
+
+def test_a_run_that_is_sealed_together_is_told_together():
+    pool, told = BlockPool(3), []
+    pool.watch(told.append)
+    pool.seal_run(pool.allocate(3), [name(1), name(2), name(3)], name(0))
+    assert told == [BlocksStored((name(1), name(2), name(3)), name(0))]
+    assert pool.match([name(1), name(2), name(3)]) == [0, 1, 2]
+
+
+def test_a_run_is_told_in_pieces_around_blocks_that_were_known_before():
+    pool, told = BlockPool(5), []
+    pool.seal(pool.allocate(1)[0], name(2))
+    run = pool.allocate(4)
+    pool.watch(told.append)
+    pool.seal_run(run, [name(1), name(2), name(3), name(4)])
+    assert told == [BlocksStored((name(1),), None), BlocksStored((name(3), name(4)), name(2))]
+    pool.release(run)
+    assert pool.state(run[1]) is BlockState.FREE
+    pool.check_integrity()
+
+
+def test_nothing_is_sealed_of_a_run_with_a_block_that_nobody_holds():
+    pool, told = BlockPool(2), []
+    pool.watch(told.append)
+    (held,) = pool.allocate(1)
+    with pytest.raises(InternalError, match="seal of block 1, which is free"):
+        pool.seal_run([held, BlockId(1)], [name(0), name(1)])
+    assert not told and pool.match([name(0)]) == []
+    pool.check_integrity()
+
+
+def test_a_run_is_sealed_up_to_a_block_that_has_another_name():
+    pool, told = BlockPool(2), []
+    first, second = pool.allocate(2)
+    pool.seal(second, name(9))
+    pool.watch(told.append)
+    with pytest.raises(InternalError, match="block 1 is already sealed"):
+        pool.seal_run([first, second], [name(0), name(1)])
+    assert told == [BlocksStored((name(0),), None)]
+    pool.check_integrity()
+
+
+def test_releasing_a_block_more_often_than_it_is_held_is_refused():
+    pool = BlockPool(1)
+    blocks = pool.allocate(1)
+    with pytest.raises(InternalError, match="more often than it is held"):
+        pool.release(blocks * 2)
+    pool.check_integrity()
+
+
+def test_blocks_evicted_together_are_told_together():
+    pool, chain = pool_with_cached_chain(3, 3)
+    told = []
+    pool.watch(told.append)
+    pool.allocate(2)
+    assert told == [BlocksRemoved((name(2), name(1)))]

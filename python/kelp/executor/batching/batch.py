@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +42,54 @@ class SamplePoint:
         return self.tokens[self.num_prompt_tokens :]
 
 
+class SamplePoints(Sequence[SamplePoint]):
+    """Points behind consecutive tokens of one sequence; those before the last one are made when asked for.
+
+    A runner that needs no more than their number and their parameters spares itself the rest.
+
+    Args:
+        last: The last of them.
+        count: How many there are.
+        masks: `SamplePoint.allowed` of each; empty for none.
+    """
+
+    __slots__ = ("_count", "_masks", "last")
+
+    def __init__(self, last: SamplePoint, count: int, masks: Sequence[npt.NDArray[np.int32]] = ()) -> None:
+        self.last = last
+        self._count = count
+        self._masks = masks
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> SamplePoint: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[SamplePoint]: ...
+
+    def __getitem__(self, index: int | slice) -> SamplePoint | Sequence[SamplePoint]:
+        if isinstance(index, slice):
+            return [self._point(place) for place in range(*index.indices(self._count))]
+        if not -self._count <= index < self._count:
+            raise IndexError(f"point {index} of {self._count}")
+        return self._point(index % self._count)
+
+    def _point(self, place: int) -> SamplePoint:
+        num_behind = self._count - 1 - place
+        if not num_behind:
+            return self.last
+        last = self.last
+        return SamplePoint(
+            last.params,
+            last.tokens[:-num_behind],
+            last.num_prompt_tokens,
+            last.stop_token_ids,
+            self._masks[place] if self._masks else None,
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """Consecutive tokens of one sequence that one step computes.
@@ -61,7 +109,7 @@ class Chunk:
     tokens: npt.NDArray[np.int32]
     start: int
     block_ids: Sequence[BlockId]
-    samples: tuple[SamplePoint, ...] = ()
+    samples: Sequence[SamplePoint] = ()
     lora_name: str = ""
     token_source: int | None = None
 
@@ -71,8 +119,7 @@ class Chunk:
         return max(0, len(self.samples) - 1)
 
 
-@dataclass(frozen=True, slots=True)
-class Sampled:
+class Sampled(NamedTuple):
     """One chosen token and its log-probability under the raw logits."""
 
     token_id: int

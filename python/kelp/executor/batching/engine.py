@@ -19,6 +19,7 @@ from kelp.executor.batching.drafts import DraftProposer, NgramProposer
 from kelp.executor.batching.flights import Flights
 from kelp.executor.batching.guide import Guide
 from kelp.executor.batching.history import SequenceRules
+from kelp.executor.batching.offers import SealOffers
 from kelp.executor.batching.progress import Progress
 from kelp.executor.batching.schedulable import Stage
 from kelp.executor.batching.scheduler import Scheduler, SchedulerLimits
@@ -48,7 +49,11 @@ class EngineRules:
 
 
 class Engine:
-    """All requests of one worker, one step at a time."""
+    """All requests of one worker, one step at a time.
+
+    Attributes:
+        offers: Tells of final blocks, if somebody watches.
+    """
 
     def __init__(
         self,
@@ -65,7 +70,8 @@ class Engine:
         self._clock = clock
         self._on_retired = on_retired
         self._speculation = Speculation(rules.speculation, proposer)
-        self._scheduler = Scheduler(pool, rules.scheduler, self._speculation)
+        self.offers = SealOffers(pool)
+        self._scheduler = Scheduler(pool, rules.scheduler, self._speculation, self.offers.sealed)
         self._steps = Steps(Flights(runner, rules.max_in_flight), self._scheduler, self._speculation, clock)
         self._sequences: dict[str, Sequence] = {}
         self._retiring: list[Sequence] = []
@@ -123,11 +129,22 @@ class Engine:
         if reason is not None:
             self._finish(sequence, _ending(sequence, reason))
 
+    def complete_onboard(self, request_id: str, num_blocks: int) -> None:
+        """See `TieredExecutor`."""
+        sequence = self._after_transfer(request_id)
+        if sequence is None:
+            return
+        sequence.onboard(num_blocks)
+        self._scheduler.seal(sequence, is_known_below=True)
+        self._scheduler.start_imported(sequence)
+        self._steps.announce(sequence)
+
     def reject_import(self, request_id: str, error: KelpError) -> None:
-        """What a peer put into the reserved blocks is not what was asked for: fail the request, free the blocks."""
+        """What was put into the reserved blocks is not what was asked for: fail the request, free the blocks."""
         sequence = self._after_transfer(request_id)
         if sequence is not None:
             sequence.is_import = False
+            sequence.num_onboardable = 0
             self._finish(sequence, Failed(error))
 
     def fail_import(self, request_id: str) -> None:
@@ -141,7 +158,7 @@ class Engine:
         """See `Executor`."""
         sequence = self._sequences.get(request_id)
         if sequence is not None and sequence.stage is Stage.QUARANTINED:
-            self._retire(sequence)
+            self._let_go(sequence)
 
     def release_export(self, request_id: str) -> None:
         """See `Executor`."""
@@ -181,6 +198,7 @@ class Engine:
         finally:
             self._retire_landed()
         self._end(outcome)
+        self.offers.tell()
         return bool(num_expired) or not outcome.is_idle
 
     def land_all(self) -> None:
@@ -212,7 +230,7 @@ class Engine:
         if sequence is None:
             return None
         if sequence.stage is Stage.QUARANTINED:
-            self._retire(sequence)
+            self._let_go(sequence)
         return sequence if sequence.stage is Stage.IMPORTING else None
 
     def _retire_landed(self) -> None:
@@ -223,13 +241,18 @@ class Engine:
     def _finish(self, sequence: Sequence, event: Completed | Failed) -> None:
         stage = sequence.stage
         self._scheduler.remove(sequence)
-        if stage is Stage.IMPORTING and sequence.is_import:
+        if stage is Stage.IMPORTING and (sequence.is_import or sequence.num_onboardable):
             sequence.stage = Stage.QUARANTINED
-        elif sequence.num_announced and not sequence.is_export_released:
+        else:
+            self._let_go(sequence)
+        _emit(sequence, event)
+
+    def _let_go(self, sequence: Sequence) -> None:
+        """Nobody writes into the blocks any more."""
+        if sequence.num_announced and not sequence.is_export_released:
             sequence.stage = Stage.LEASED
         else:
             self._retire(sequence)
-        _emit(sequence, event)
 
     def _retire(self, sequence: Sequence) -> None:
         if sequence.num_flights:

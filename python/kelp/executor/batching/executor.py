@@ -9,22 +9,14 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from kelp.core.clock import Clock
-from kelp.core.errors import (
-    CapacityError,
-    InternalError,
-    InvalidRequest,
-    KelpError,
-    NotFound,
-    PromptTooLong,
-    WorkerLost,
-)
+from kelp.core.errors import CapacityError, InternalError, InvalidRequest, KelpError, WorkerLost
 from kelp.core.kv_events import KVEventSink
 from kelp.core.messages import RequestTimings, RequestUsage
-from kelp.core.types import FinishReason, HandoffShape, KVLayout, Role, num_blocks_for
+from kelp.core.types import BlockId, FinishReason, HandoffShape, KVLayout, SequenceHash
 from kelp.executor.base import (
     Admitted,
     Completed,
@@ -34,6 +26,8 @@ from kelp.executor.base import (
     ExecutorRequest,
     Failed,
     PoolMemory,
+    SealedBlock,
+    SealWatch,
     Sink,
 )
 from kelp.executor.batching.batch import ModelRunner
@@ -41,6 +35,7 @@ from kelp.executor.batching.drafts import DraftProposer, NgramProposer
 from kelp.executor.batching.engine import Engine, EngineRules
 from kelp.executor.batching.guide import Guide
 from kelp.executor.batching.guided import start_guide
+from kelp.executor.batching.requests import check_request
 from kelp.kv.pool import BlockPool
 from kelp.text.grammar import GrammarCompiler
 
@@ -68,7 +63,7 @@ class BatchingExecutorParts:
 
 
 class BatchingExecutor:
-    """See `executor.base.Executor`. Starts its thread at once."""
+    """See `executor.base.TieredExecutor`. Starts its thread at once."""
 
     def __init__(self, parts: BatchingExecutorParts, clock: Clock) -> None:
         self._layout = parts.layout
@@ -117,7 +112,7 @@ class BatchingExecutor:
         Raises:
             WorkerLost: The executor is closed.
         """
-        self._validate(request)
+        check_request(request, self._limits, self._layout)
         guide = start_guide(self._grammars, request)
         request_id = request.request_id
         arrival_ns = self._clock.wall_ns()
@@ -165,6 +160,30 @@ class BatchingExecutor:
         """See `Executor`."""
         self._inbox.put(lambda engine: engine.release_export(request_id))
 
+    def watch_seals(self, watch: SealWatch, watermark: float | None) -> None:
+        """See `TieredExecutor`."""
+
+        def guarded(blocks: Sequence[SealedBlock]) -> int:
+            try:
+                return watch(blocks)
+            except Exception:
+                _log.exception("the watch on sealed blocks failed; it keeps none of %d", len(blocks))
+                return 0
+
+        self._inbox.put(lambda engine: engine.offers.watch(guarded, watermark))
+
+    def release_kept(self, block_ids: Sequence[BlockId]) -> None:
+        """See `TieredExecutor`."""
+        self._inbox.put(lambda engine: engine.offers.release(block_ids))
+
+    def complete_onboard(self, request_id: str, num_blocks: int) -> None:
+        """See `TieredExecutor`."""
+        self._inbox.put(lambda engine: engine.complete_onboard(request_id, num_blocks))
+
+    def count_cached(self, hashes: Sequence[SequenceHash]) -> int:
+        """See `TieredExecutor`."""
+        return self._pool.count_known(hashes)
+
     def load(self) -> ExecutorLoad:
         """See `Executor`; requests still in the inbox count as waiting."""
         with self._lock:
@@ -177,49 +196,6 @@ class BatchingExecutor:
             self._is_closed = True
             self._inbox.put(None)
         self._thread.join()
-
-    def _validate(self, request: ExecutorRequest) -> None:
-        self._validate_adapter(request)
-        prompt, sampling = request.prompt, request.sampling
-        if len(prompt) == 0:
-            raise InvalidRequest("input_ids: the prompt is empty")
-        if int(prompt.min()) < 0 or int(prompt.max()) >= self._limits.vocab_size:
-            raise InvalidRequest(
-                f"input_ids: ids between {prompt.min()} and {prompt.max()} given, "
-                f"the vocabulary has {self._limits.vocab_size}"
-            )
-        if not 0 <= request.num_generated < min(len(prompt), sampling.max_tokens):
-            raise InvalidRequest(
-                f"num_generated: {request.num_generated} given, must be below max_tokens {sampling.max_tokens} "
-                f"and the {len(prompt)} tokens given"
-            )
-        num_tokens = len(prompt) + request.num_tokens_to_come
-        if num_tokens > self._limits.max_model_tokens:
-            raise PromptTooLong(
-                f"prompt of {len(prompt)} tokens plus max_tokens {sampling.max_tokens} is {num_tokens}, "
-                f"max_model_tokens is {self._limits.max_model_tokens}"
-            )
-        # The last token of a sequence is never an input, so its KV needs no room.
-        num_positions = len(prompt) if request.role is Role.PREFILL else num_tokens - 1
-        num_blocks = num_blocks_for(num_positions, self._layout.block_size)
-        if num_blocks > self._layout.num_blocks:
-            raise PromptTooLong(
-                f"prompt of {len(prompt)} tokens plus max_tokens {sampling.max_tokens} needs {num_blocks} "
-                f"KV blocks, executor.num_blocks is {self._layout.num_blocks}"
-            )
-
-    def _validate_adapter(self, request: ExecutorRequest) -> None:
-        if not request.lora_name:
-            return
-        digest = self._limits.adapters.get(request.lora_name)
-        if digest is None:
-            known = ", ".join(self._limits.adapters) or "none"
-            raise InvalidRequest(f"lora_name: {request.lora_name!r} given, this worker's adapters: {known}")
-        if digest != request.lora_digest:
-            raise NotFound(
-                f"lora_name: this worker loaded another content of {request.lora_name!r} ({digest}) than the prompt's "
-                f"blocks are named after ({request.lora_digest or 'none'})"
-            )
 
     def _admit(self, engine: Engine, request: ExecutorRequest, arrival_ns: int, guide: Guide | None) -> None:
         with self._lock:

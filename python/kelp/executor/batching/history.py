@@ -14,7 +14,7 @@ import numpy.typing as npt
 from kelp.core.hashing import child_hash, sequence_hashes
 from kelp.core.types import FinishReason, Role, SequenceHash
 from kelp.executor.base import ExecutorRequest
-from kelp.executor.batching.batch import SamplePoint
+from kelp.executor.batching.batch import SamplePoint, SamplePoints
 from kelp.executor.batching.guide import Guide
 
 Tokens = npt.NDArray[np.int32]
@@ -88,30 +88,52 @@ class History:
             return FinishReason.STOP
         return FinishReason.LENGTH if num_generated >= sampling.max_tokens else None
 
+    def extend(self, token_ids: Many[int]) -> tuple[int, FinishReason | None]:
+        """Add generated tokens up to the one with which the sequence ends.
+
+        Returns:
+            How many there are now of them, and why the sequence ends with the last of those, if it does.
+        """
+        num_left = self._request.sampling.max_tokens - (self.num_tokens - self._output_start)
+        num_new = len(token_ids)
+        if 1 < num_new <= num_left and self.guide is None and self._stop_token_ids.isdisjoint(token_ids):
+            self._buffer[self.num_tokens : self.num_tokens + num_new] = token_ids
+            self.num_tokens += num_new
+            return num_new, FinishReason.LENGTH if num_new == num_left else None
+        for index, token_id in enumerate(token_ids):
+            reason = self.append(token_id)
+            if reason is not None:
+                return index + 1, reason
+        return num_new, None
+
     def put_drafts(self, drafts: Tokens) -> None:
         """Guess how the sequence goes on; the guesses stand behind the known tokens until others take their place."""
         self._buffer[self.num_tokens : self.num_tokens + len(drafts)] = drafts
 
-    def is_draft(self, token_id: int) -> bool:
-        """Whether the guess for the next token is this one."""
-        return self._buffer.item(self.num_tokens) == token_id
+    def num_right_drafts(self, token_ids: Many[int]) -> int:
+        """How many of the guesses for the next tokens are these, up to the first wrong one."""
+        drafts = self._buffer[self.num_tokens : self.num_tokens + len(token_ids)].tolist()
+        pairs = zip(drafts, token_ids, strict=True)
+        return next((index for index, (draft, token_id) in enumerate(pairs) if draft != token_id), len(token_ids))
 
     def inputs(self, start: int, end: int) -> Tokens:
         """Known tokens and guesses at these positions; a view."""
         return self._buffer[start:end]
 
-    def sample_points(self, num_tokens: int, num_drafts: int) -> tuple[SamplePoint, ...]:
+    def sample_points(self, num_tokens: int, num_drafts: int) -> SamplePoints:
         """After `num_tokens` tokens and after each of the drafts behind them, up to one that the guide refuses."""
-        masks: Many[npt.NDArray[np.int32] | None] = (None,) * (num_drafts + 1)
+        masks: Many[npt.NDArray[np.int32]] = ()
         if self.guide is not None:
             masks = self.guide.allowed(self._buffer[num_tokens : num_tokens + num_drafts].tolist())
-        buffer, sampling, start, stops = self._buffer, self._request.sampling, self._output_start, self._stop_token_ids
-        return tuple(
-            [
-                SamplePoint(sampling, buffer[: num_tokens + index], start, stops, mask)
-                for index, mask in enumerate(masks)
-            ]
+            num_drafts = len(masks) - 1
+        last = SamplePoint(
+            self._request.sampling,
+            self._buffer[: num_tokens + num_drafts],
+            self._output_start,
+            self._stop_token_ids,
+            masks[-1] if masks else None,
         )
+        return SamplePoints(last, num_drafts + 1, masks)
 
     def block_hashes(self, num_blocks: int) -> list[SequenceHash]:
         """Names of the first blocks, all of them full of known tokens."""

@@ -28,12 +28,16 @@ class PromisedBlocks:
         for sequence_hash in hashes:
             self._makers.setdefault(sequence_hash, sequence)
 
-    def keep(self, sequence_hash: SequenceHash) -> None:
-        """The block is in the cache, whoever made it."""
-        self._makers.pop(sequence_hash, None)
+    def keep(self, hashes: Many[SequenceHash]) -> None:
+        """These blocks are in the cache, whoever made them."""
+        for sequence_hash in hashes:
+            self._makers.pop(sequence_hash, None)
 
     def withdraw(self, sequence: object) -> None:
         """A sequence gives its blocks back, or has made them all; idempotent."""
-        for sequence_hash in self._promises.pop(sequence, ()):
+        hashes = self._promises.pop(sequence, ())
+        if not self._makers:
+            return
+        for sequence_hash in hashes:
             if self._makers.get(sequence_hash) is sequence:
                 del self._makers[sequence_hash]

@@ -24,6 +24,7 @@ class Progress:
     new_blocks: int = 0
     reused_blocks: int = 0
     transferred_blocks: int = 0
+    onboarded_blocks: int = 0
 
     @property
     def usage(self) -> RequestUsage:
@@ -33,6 +34,7 @@ class Progress:
             new_blocks=self.new_blocks,
             reused_blocks=self.reused_blocks,
             transferred_blocks=self.transferred_blocks,
+            onboarded_blocks=self.onboarded_blocks,
         )
 
     def completed(self, reason: FinishReason | None) -> Completed:

@@ -6,8 +6,8 @@ The engine's sequences (`sequence`) know tokens, guides and clients as well; the
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, TypeVar
 
 from kelp.core.types import BlockId, SequenceHash
 
@@ -22,6 +22,22 @@ class Stage(enum.Enum):
     QUARANTINED = "quarantined"
     RETIRING = "retiring"
     ENDED = "ended"
+
+
+class Sealable(NamedTuple):
+    """Blocks that follow each other in one sequence, with their names.
+
+    Attributes:
+        block_ids: At least one.
+        hashes: One for each.
+        parent: Names the block before the first one; None at the start of the sequence.
+        position: Index of the first one in the sequence.
+    """
+
+    block_ids: Sequence[BlockId]
+    hashes: Sequence[SequenceHash]
+    parent: SequenceHash | None
+    position: int
 
 
 class Schedulable(Protocol):
@@ -46,6 +62,10 @@ class Schedulable(Protocol):
     @property
     def is_import(self) -> bool:
         """The prompt's KV comes from a peer."""
+
+    @property
+    def num_onboardable(self) -> int:
+        """Leading blocks that the worker can bring from lower tiers."""
 
     @property
     def is_preemptible(self) -> bool:
@@ -90,8 +110,8 @@ class Schedulable(Protocol):
     def surrender(self) -> list[BlockId]:
         """Drop the blocks and everything computed in them; the caller gives them back."""
 
-    def take_sealable(self) -> Iterable[tuple[BlockId, SequenceHash, SequenceHash | None]]:
-        """Full blocks whose KV became final since the last call, with their names and those of the blocks before."""
+    def take_sealable(self) -> Sealable | None:
+        """Full blocks whose KV became final since the last call; None without any."""
 
 
 SchedulableT = TypeVar("SchedulableT", bound=Schedulable)

@@ -3,7 +3,7 @@
 Policy: decodes first, in order of arrival, then prompts, which share what is left of one token budget (`shares`), then
 drafts behind the decodes. A sequence is admitted, in order of arrival, only with blocks for everything it knows so
 far, so a prompt never waits half-way; only decoding grows. It is passed over while another one makes the next block
-that it needs; an import, whose peer may hang, is believed to make its blocks for a second only.
+that it needs; an import or onboarding, whose peer may hang, is believed to make its blocks for a second only.
 
 Growth that finds no block preempts the latest-arrived sequence that no peer reads or writes (possibly the growing one
 itself), which recomputes later. The earliest arrival is never taken from, and whatever cannot be preempted needs no
@@ -15,13 +15,13 @@ Decides and keeps the books; emits no events, runs no model.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Generic
 
-from kelp.core.types import BlockId
+from kelp.core.types import BlockId, num_blocks_for
 from kelp.executor.batching.prefixes import PromisedBlocks
-from kelp.executor.batching.schedulable import Drafting, Schedulable, SchedulableT, Stage
+from kelp.executor.batching.schedulable import Drafting, Schedulable, SchedulableT, Sealable, Stage
 from kelp.executor.batching.shares import share_out
 from kelp.kv.pool import BlockPool
 
@@ -53,7 +53,7 @@ class Plan(Generic[SchedulableT]):
     Attributes:
         now_s: When it was made, by the engine's monotonic clock.
         work: In batch order.
-        admitted: New in this step, imports (no work yet) included.
+        admitted: New in this step, imports and onboardings (no work yet) included.
         is_short: Blocks must be taken from a sequence that is in flight: nothing can be planned before that landed.
     """
 
@@ -64,9 +64,20 @@ class Plan(Generic[SchedulableT]):
 
 
 class Scheduler(Generic[SchedulableT]):
-    """Queue, running set and block ownership of one engine."""
+    """Queue, running set and block ownership of one engine.
 
-    def __init__(self, pool: BlockPool, limits: SchedulerLimits, speculation: Drafting[SchedulableT]) -> None:
+    Args:
+        on_sealed: Told of blocks whose KV became final.
+    """
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        limits: SchedulerLimits,
+        speculation: Drafting[SchedulableT],
+        on_sealed: Callable[[SchedulableT, Sealable], None] | None = None,
+    ) -> None:
+        self._on_sealed = on_sealed
         self._pool = pool
         self._limits = limits
         self._speculation = speculation
@@ -74,6 +85,7 @@ class Scheduler(Generic[SchedulableT]):
         self._waiting: list[SchedulableT] = []
         self._running: list[SchedulableT] = []
         self._importing: list[SchedulableT] = []
+        self._num_growing = 0
         self.num_preemptions = 0
 
     @property
@@ -83,7 +95,7 @@ class Scheduler(Generic[SchedulableT]):
 
     @property
     def num_running(self) -> int:
-        """Sequences that hold a slot: computing, or waiting for their import."""
+        """Sequences that hold a slot: computing, or waiting for KV that is brought."""
         return len(self._running) + len(self._importing)
 
     def add(self, sequence: SchedulableT) -> None:
@@ -94,12 +106,15 @@ class Scheduler(Generic[SchedulableT]):
     def remove(self, sequence: SchedulableT) -> None:
         """Take a sequence out of whatever set it is in; its blocks stay with it."""
         self._promised.withdraw(sequence)
-        for members in (self._waiting, self._running, self._importing):
+        if sequence in self._running:
+            self._running.remove(sequence)
+            self._num_growing -= _is_growing(sequence)
+        for members in (self._waiting, self._importing):
             if sequence in members:
                 members.remove(sequence)
 
     def start_imported(self, sequence: SchedulableT) -> None:
-        """Let a sequence whose import is complete take part in steps."""
+        """Let a sequence whose import or onboarding is complete take part in steps."""
         self._importing.remove(sequence)
         self._run(sequence)
 
@@ -113,12 +128,15 @@ class Scheduler(Generic[SchedulableT]):
         """Give a sequence's blocks back."""
         self._pool.release(sequence.surrender())
 
-    def seal(self, sequence: SchedulableT) -> None:
-        """Make the full blocks whose KV became final known to the prefix cache."""
+    def seal(self, sequence: SchedulableT, is_known_below: bool = False) -> None:
+        """Make the full blocks whose KV became final known to the prefix cache, and to lower tiers if they are not."""
         if self._limits.enable_prefix_cache:
-            for block_id, sequence_hash, parent in sequence.take_sealable():
-                self._pool.seal(block_id, sequence_hash, parent)
-                self._promised.keep(sequence_hash)
+            run = sequence.take_sealable()
+            if run is not None:
+                self._pool.seal_run(run.block_ids, run.hashes, run.parent)
+                self._promised.keep(run.hashes)
+                if self._on_sealed is not None and not is_known_below:
+                    self._on_sealed(sequence, run)
 
     def seconds_to_patience(self, now_s: float) -> float | None:
         """Time until requests no longer wait for a block of some import; None if none does."""
@@ -164,6 +182,8 @@ class Scheduler(Generic[SchedulableT]):
 
     def _plan_prefills(self, plan: Plan[SchedulableT], budget: int) -> int:
         prefills = [sequence for sequence in self._running if sequence.num_pending > 1]
+        if not prefills:
+            return budget
         shares = share_out([sequence.num_pending for sequence in prefills], budget)
         for sequence, num_tokens in zip(prefills, shares, strict=True):
             if num_tokens:
@@ -188,10 +208,11 @@ class Scheduler(Generic[SchedulableT]):
         """How many of some drafts have a place in the sequence's blocks, or in a block to spare."""
         size = sequence.block_size
         num_places = len(sequence.block_ids) * size - sequence.num_tokens
-        while num_places < num_drafts and self._pool.num_available > self._num_growing:
-            sequence.extend(self._pool.allocate(1))
-            num_places += size
-        return min(num_drafts, num_places)
+        num_spare = max(0, self._pool.num_available - self._num_growing)
+        num_blocks = min(num_blocks_for(max(0, num_drafts - num_places), size), num_spare)
+        if num_blocks:
+            sequence.extend(self._pool.allocate(num_blocks))
+        return min(num_drafts, num_places + num_blocks * size)
 
     def _admit(self, plan: Plan[SchedulableT]) -> None:
         for sequence in list(self._waiting):
@@ -207,7 +228,7 @@ class Scheduler(Generic[SchedulableT]):
                 continue
             if not self._equip(sequence, matched):
                 return
-            if sequence.is_import:
+            if sequence.stage is Stage.IMPORTING:
                 sequence.promise_end_s = plan.now_s + _IMPORT_PATIENCE_S
             plan.admitted.append(sequence)
 
@@ -221,7 +242,7 @@ class Scheduler(Generic[SchedulableT]):
         self._waiting.remove(sequence)
         if self._limits.enable_prefix_cache:
             self._promised.promise(sequence, sequence.full_hashes()[len(matched) :])
-        if sequence.is_import:
+        if sequence.is_import or sequence.num_onboardable > len(matched):
             sequence.stage = Stage.IMPORTING
             self._importing.append(sequence)
         else:
@@ -238,7 +259,7 @@ class Scheduler(Generic[SchedulableT]):
             if self._pool.num_available:
                 sequence.extend(self._pool.allocate(1))
                 continue
-            victim = max(self._growing(), key=_arrival)
+            victim = max(filter(_is_growing, self._running), key=_arrival)
             if victim.num_flights:
                 plan.is_short = True
                 return False
@@ -248,17 +269,16 @@ class Scheduler(Generic[SchedulableT]):
                 return True
         return True
 
-    @property
-    def _num_growing(self) -> int:
-        return sum(1 for _ in self._growing())
-
-    def _growing(self) -> Iterator[SchedulableT]:
-        return (sequence for sequence in self._running if sequence.is_preemptible)
-
     def _run(self, sequence: SchedulableT) -> None:
         sequence.stage = Stage.RUNNING
         insort(self._running, sequence, key=_arrival)
+        self._num_growing += _is_growing(sequence)
 
 
 def _arrival(sequence: Schedulable) -> int:
     return sequence.arrival
+
+
+def _is_growing(sequence: Schedulable) -> bool:
+    """Of a running sequence: constant for as long as it runs."""
+    return sequence.is_preemptible

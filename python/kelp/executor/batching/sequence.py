@@ -4,7 +4,7 @@
        │                 │  ▲ ▲                  ▲
        │                 └──┘ preempt (WAITING)  │ release_export
        │               prefill: ─► LEASED ───────┤
-       └──reserve──► IMPORTING ─► RUNNING        │ end_import
+       └──reserve──► IMPORTING ─► RUNNING        │ end_import (onboarding, too)
                          └─ abort ─► QUARANTINED ┘
 
 A launched step is in flight until its tokens are known. What would be ENDED before that is RETIRING instead, until
@@ -15,17 +15,19 @@ Holds facts and derives others from them; decides nothing about other sequences.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 
 from kelp.core.types import BlockId, FinishReason, Role, SequenceHash, num_blocks_for
-from kelp.executor.base import ExecutorRequest
+from kelp.executor.base import ExecutorRequest, Tokens
 from kelp.executor.batching.batch import Chunk, Sampled, SamplePoint
 from kelp.executor.batching.drafts import Acceptance
 from kelp.executor.batching.guide import Guide
 from kelp.executor.batching.history import History, SequenceRules
 from kelp.executor.batching.progress import Progress
-from kelp.executor.batching.schedulable import Stage
+from kelp.executor.batching.schedulable import Sealable, Stage
+
+NO_TOKENS = Tokens((), ())
 
 
 @dataclass(slots=True, eq=False)
@@ -42,10 +44,11 @@ class Sequence:
         num_flights: Steps in flight that it takes part in.
         num_announced: Prompt blocks reported through `Prefilled`.
         is_import: The prompt's KV comes from a peer; False again once it came or `fail_import` was called.
+        num_onboardable: Leading blocks that the worker can bring from lower tiers; 0 again once it has, or need not.
         is_export_released: `release_export` came while the sequence ran.
         acceptance: How well its drafts do.
         awaited_hash: The block that it lets another sequence compute.
-        promise_end_s: How long others wait for the blocks that it imports; None if they do not.
+        promise_end_s: How long others wait for the blocks that it imports or onboards; None if they do not.
     """
 
     request: ExecutorRequest
@@ -56,6 +59,7 @@ class Sequence:
     history: History = field(init=False)
     stage: Stage = Stage.WAITING
     is_import: bool = False
+    num_onboardable: int = 0
     is_export_released: bool = False
     num_foreseen: int = 0
     num_launched: int = 0
@@ -71,6 +75,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.is_import = self.request.role is Role.DECODE
+        self.num_onboardable = self.request.onboard_blocks
         self.history = History(self.request, self.rules, self.guide)
 
     @property
@@ -166,17 +171,23 @@ class Sequence:
         self.is_import = False
         self.num_computed = self.num_launched = self.num_prompt_tokens
 
-    def take_sealable(self) -> list[tuple[BlockId, SequenceHash, SequenceHash | None]]:
-        """Full blocks whose KV became final since the last call, with their names and those of the blocks before."""
+    def onboard(self, num_blocks: int) -> None:
+        """The first blocks hold their KV, `num_blocks` of those that could be brought and at least the cached ones."""
+        num_cached = self.num_computed // self.rules.block_size
+        num_blocks = max(num_cached, min(num_blocks, self.num_onboardable))
+        self.num_onboardable = 0
+        self.num_computed = self.num_launched = num_blocks * self.rules.block_size
+        self.progress.cached_tokens = self.num_computed
+        self.progress.onboarded_blocks = num_blocks - num_cached
+
+    def take_sealable(self) -> Sealable | None:
+        """See `Schedulable`."""
         num_full = self.num_computed // self.rules.block_size
         if num_full <= self._num_sealed:
-            return []
+            return None
         hashes = self.history.block_hashes(num_full)
         first, self._num_sealed = self._num_sealed, num_full
-        return [
-            (self.block_ids[index], hashes[index], hashes[index - 1] if index else None)
-            for index in range(first, num_full)
-        ]
+        return Sealable(self.block_ids[first:num_full], hashes[first:], hashes[first - 1] if first else None, first)
 
     def take_announceable(self) -> list[BlockId]:
         """Prompt blocks whose KV became final since the last call; a partial one only at the prompt's end."""
@@ -196,7 +207,7 @@ class Sequence:
         """
         start, end = self.num_launched, self.num_launched + num_tokens
         is_foreseen = end > self.num_tokens
-        points: tuple[SamplePoint, ...] = ()
+        points: Many[SamplePoint] = ()
         if end == self.num_tokens + self.num_foreseen:
             points = self.history.sample_points(end, num_drafts)
             end += len(points) - 1
@@ -214,7 +225,7 @@ class Sequence:
         self._token_source = num_samples_before
         return chunk
 
-    def land(self, chunk: Chunk, sampled: Iterable[Sampled]) -> tuple[list[Sampled], FinishReason | None]:
+    def land(self, chunk: Chunk, sampled: Many[Sampled]) -> tuple[Tokens, FinishReason | None]:
         """Take what a step says of this sequence.
 
         Args:
@@ -224,20 +235,20 @@ class Sequence:
         Returns:
             The new tokens: what was sampled up to the first wrong draft or the end; and the reason if it is the end.
         """
-        accepted: list[Sampled] = []
-        reason: FinishReason | None = None
         num_drafts = chunk.num_drafts
         self.num_foreseen -= self._is_followed(chunk)
-        for index, choice in enumerate(sampled):
-            is_draft_right = index < num_drafts and self.history.is_draft(choice.token_id)
-            reason = self.history.append(choice.token_id)
-            accepted.append(choice)
-            if reason is not None or not is_draft_right:
-                break
-        self.num_computed = chunk.start + len(chunk.tokens) - num_drafts + max(0, len(accepted) - 1)
+        self.num_computed = chunk.start + len(chunk.tokens) - num_drafts
+        if not sampled:
+            return NO_TOKENS, None
+        token_ids, log_probs = zip(*sampled, strict=True)
+        num_plausible = 1
         if num_drafts:
+            num_plausible += self.history.num_right_drafts(token_ids[:num_drafts])
+        num_new, reason = self.history.extend(token_ids[:num_plausible])
+        if num_drafts:
+            self.num_computed += num_new - 1
             self.num_launched = self.num_computed
-        return accepted, reason
+        return Tokens(token_ids[:num_new], log_probs[:num_new]), reason
 
     def _is_followed(self, chunk: Chunk) -> bool:
         """Whether a launched chunk yields exactly one more token, and not the last that there may be."""

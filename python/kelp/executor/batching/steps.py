@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from kelp.core.clock import Clock
 from kelp.core.types import FinishReason
-from kelp.executor.base import Admitted, ExecutorEvent, Prefilled, Reserved, Tokens
+from kelp.executor.base import Admitted, ExecutorEvent, Prefilled, Reserved
 from kelp.executor.batching.batch import Sampled
 from kelp.executor.batching.flights import Flights, Part
 from kelp.executor.batching.schedulable import Stage
@@ -86,18 +86,18 @@ class Steps:
             self._speculation.watch(sequence, sampled[0].token_id)
         was_prompt_computed = sequence.is_prompt_computed
         accepted, reason = sequence.land(chunk, sampled)
+        num_accepted = len(accepted.token_ids)
         if chunk.num_drafts:
-            self._speculation.verified(sequence, chunk.num_drafts, len(accepted) - 1)
+            self._speculation.verified(sequence, chunk.num_drafts, num_accepted - 1)
         self._scheduler.seal(sequence)
         now_ns = self._clock.wall_ns()
         if sequence.is_prompt_computed and not was_prompt_computed:
             progress.prefill_done_ns = now_ns
-        self._announce(sequence)
-        if accepted:
+        self.announce(sequence)
+        if num_accepted:
             progress.last_token_ns = now_ns
             progress.first_token_ns = progress.first_token_ns or now_ns
-            token_ids = tuple([choice.token_id for choice in accepted])
-            _emit(sequence, Tokens(token_ids, tuple([choice.log_prob for choice in accepted])))
+            _emit(sequence, accepted)
             if reason is not None or sequence.is_prefill_only:
                 outcome.ended.append((sequence, reason))
 
@@ -112,9 +112,13 @@ class Steps:
         if sequence.is_import:
             progress.transfer_start_ns = self._clock.wall_ns()
             _emit(sequence, Reserved(tuple(sequence.block_ids), num_cached_blocks))
-        self._announce(sequence)
+        elif sequence.stage is Stage.IMPORTING:
+            _emit(sequence, Reserved(tuple(sequence.block_ids[: sequence.num_onboardable]), num_cached_blocks))
+        else:
+            sequence.num_onboardable = 0
+        self.announce(sequence)
 
-    def _announce(self, sequence: Sequence) -> None:
+    def announce(self, sequence: Sequence) -> None:
         """Report prompt blocks that a peer may read from now on."""
         if not sequence.is_prefill_only:
             return

@@ -57,6 +57,11 @@ class _Import:
     request: ExecutorRequest
     reserved: Reserved
 
+    def of_first(self, num_blocks: int) -> _Import:
+        """The part of an onboarding that came, and what was cached before."""
+        num_blocks = max(num_blocks, self.reserved.num_cached_blocks)
+        return _Import(self.request, replace(self.reserved, block_ids=self.reserved.block_ids[:num_blocks]))
+
 
 class MockExecutor(BatchingExecutor):
     """See `executor.base.Executor`.
@@ -77,7 +82,7 @@ class MockExecutor(BatchingExecutor):
 
     def submit(self, request: ExecutorRequest) -> None:
         """See `Executor`."""
-        if request.role is Role.DECODE:
+        if request.role is Role.DECODE or request.onboard_blocks:
             request = replace(request, sink=self._noting_blocks(request))
         super().submit(request)
 
@@ -97,6 +102,14 @@ class MockExecutor(BatchingExecutor):
         else:
             self._delays.after(self._timing.handoff_s(num_transferred_blocks), go_on)
 
+    def complete_onboard(self, request_id: str, num_blocks: int) -> None:
+        """See `TieredExecutor`; blocks that hold anything but the prompt's KV fail the request with InternalError."""
+        awaited = self._imports.pop(request_id, None)
+        if awaited is not None and (error := self._what_is_wrong(awaited.of_first(num_blocks))) is not None:
+            self.reject_import(request_id, error)
+        else:
+            super().complete_onboard(request_id, num_blocks)
+
     def close(self) -> None:
         """See `Executor`."""
         if self._delays is not None:
@@ -115,7 +128,8 @@ class MockExecutor(BatchingExecutor):
 
     def _what_is_wrong(self, awaited: _Import) -> InternalError | None:
         request, reserved = awaited.request, awaited.reserved
-        index = self._kv.find_wrong_block(reserved.block_ids, request.prompt)
+        num_tokens = len(reserved.block_ids) * self.layout.block_size
+        index = self._kv.find_wrong_block(reserved.block_ids, request.prompt[:num_tokens])
         if index is None:
             return None
         origin = "the prefix cache" if index < reserved.num_cached_blocks else "the peer"

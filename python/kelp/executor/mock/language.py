@@ -26,6 +26,8 @@ FEW = 16
 _MASK = (1 << 64) - 1
 _TOKEN_FACTOR, _STATE_FACTOR, _SEED_FACTOR = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0x9E3779B97F4A7C15
 """Odd constants of SplitMix64 (https://prng.di.unimi.it/splitmix64.c), of which one round mixes enough here."""
+_TOKEN_FACTOR_U64, _STATE_FACTOR_U64 = np.uint64(_TOKEN_FACTOR), np.uint64(_STATE_FACTOR)
+_POSITION_SHIFT, _TOKEN_SHIFT, _STATE_SHIFT = np.uint64(32), np.uint64(29), np.uint64(31)
 
 
 def next_state(state: int, token_id: int, position: int) -> int:
@@ -36,10 +38,11 @@ def next_state(state: int, token_id: int, position: int) -> int:
 
 def next_states(state: int, tokens: npt.NDArray[np.int32], start: int) -> States:
     """The same for many: the state after each of `tokens`, the first of which stands at `start`."""
-    positions = np.arange(start + 1, start + 1 + len(tokens), dtype=np.uint64)
-    values = (positions << np.uint64(32)) | tokens.astype(np.uint64)
-    values *= np.uint64(_TOKEN_FACTOR)
-    values ^= values >> np.uint64(29)
+    values = np.arange(start + 1, start + 1 + len(tokens), dtype=np.uint64)
+    values <<= _POSITION_SHIFT
+    values |= tokens.astype(np.uint64)
+    values *= _TOKEN_FACTOR_U64
+    values ^= values >> _TOKEN_SHIFT
     values[:1] += np.uint64(state)
     states: States = values.cumsum(dtype=np.uint64)
     return states
@@ -68,8 +71,7 @@ class Vocabulary:
 
     def token_after(self, state: int, sampling: SamplingParams) -> int:
         """The token that follows; the seed counts if the temperature is not 0, nothing else of `sampling` does."""
-        if sampling.temperature:
-            state ^= ((sampling.seed + 1) * _SEED_FACTOR) & _MASK
+        state ^= _seed_mask(sampling)
         mixed = ((state ^ (state >> 31)) * _STATE_FACTOR) & _MASK
         token_id = (mixed >> 32) % (self.size - len(self.silent_ids))
         for silent_id in self.silent_ids:
@@ -83,11 +85,35 @@ class Vocabulary:
         state = last_state(EMPTY, np.asarray(tokens, np.int32), 0)
         return self.continue_from(state, len(tokens), num_tokens, sampling)
 
+    def tokens_after(self, states: States, sampling: SamplingParams) -> list[int]:
+        """`token_after` of many states at once."""
+        mixed = states ^ np.uint64(_seed_mask(sampling))
+        mixed ^= mixed >> _STATE_SHIFT
+        mixed *= _STATE_FACTOR_U64
+        mixed >>= _POSITION_SHIFT
+        mixed %= np.uint64(self.size - len(self.silent_ids))
+        for silent_id in self.silent_ids:
+            mixed += mixed >= silent_id
+        said: list[int] = mixed.tolist()
+        return said
+
     def continue_from(self, state: int, position: int, num_tokens: int, sampling: SamplingParams) -> list[int]:
         """The next tokens after a state; the first of them will stand at `position`."""
+        # `token_after` and `next_state` in one: each token needs the one before, so this takes the most of a draft.
+        seed_mask = _seed_mask(sampling)
+        num_ids, silent_ids = self.size - len(self.silent_ids), self.silent_ids
         said: list[int] = []
-        for index in range(num_tokens):
-            token_id = self.token_after(state, sampling)
-            state = next_state(state, token_id, position + index)
+        for place in range(position + 1, position + 1 + num_tokens):
+            mixed = state ^ seed_mask
+            token_id = ((((mixed ^ (mixed >> 31)) * _STATE_FACTOR) & _MASK) >> 32) % num_ids
+            for silent_id in silent_ids:
+                if silent_id <= token_id:
+                    token_id += 1
             said.append(token_id)
+            value = (((place << 32) | token_id) * _TOKEN_FACTOR) & _MASK
+            state = (state + (value ^ (value >> 29))) & _MASK
         return said
+
+
+def _seed_mask(sampling: SamplingParams) -> int:
+    return ((sampling.seed + 1) * _SEED_FACTOR) & _MASK if sampling.temperature else 0

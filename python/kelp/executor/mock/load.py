@@ -27,8 +27,9 @@ from kelp.text.tokenizer import eos_token_ids
 from kelp.timing.model import TimingModel
 
 _AUTO_BLOCKS = 4096
-_FREE_ROW = 1e-9
-"""What a draft adds to a step that computes nothing; see `SpeculationRules.row_cost`."""
+_FREE_ROW = 1e-30
+"""What a draft adds to a step that computes nothing, so little that the first step verifies as many as any other; see
+`SpeculationRules.row_cost`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,7 @@ class KVMemory:
         skipped = -raw.ctypes.data % _PAGE_BYTES
         self._states: States = raw[skipped : skipped + layout.pool_bytes].view(np.uint64)
         self._cells = self._states.data
+        self._blocks = self._states.reshape(layout.num_blocks, layout.block_size)
         self.pool = PoolMemory(self._states.ctypes.data, layout.pool_bytes, "cpu", self._states)
 
     def state_before(self, block_ids: Sequence[BlockId], position: int) -> int:
@@ -57,7 +58,15 @@ class KVMemory:
 
     def write(self, block_ids: Sequence[BlockId], start: int, states: States) -> None:
         """Keep the states of consecutive tokens."""
-        self._states[self._places(block_ids, start, start + len(states))] = states
+        size = self._block_size
+        first, offset = divmod(start, size)
+        num_full = 0 if offset else len(states) // size
+        if num_full:
+            self._blocks[list(block_ids[first : first + num_full])] = states[: num_full * size].reshape(num_full, size)
+            start += num_full * size
+            states = states[num_full * size :]
+        if len(states):
+            self._states[self._places(block_ids, start, start + len(states))] = states
 
     def find_wrong_block(self, block_ids: Sequence[BlockId], tokens: npt.NDArray[np.int32]) -> int | None:
         """Index of the first block that does not hold the KV of `tokens` `[num_tokens] int32`, None if all do."""

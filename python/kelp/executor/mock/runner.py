@@ -61,7 +61,7 @@ class MockRunner:
         sampled: list[Sampled] = []
         for chunk in chunks:
             assert chunk.token_source is None
-            self._compute(chunk, sampled)
+            sampled += [Sampled(token_id, _LOG_PROB) for token_id in self._compute(chunk)]
         if self._pacing is None:
             self._let_others_run(chunks)
             return Finished(sampled)
@@ -77,19 +77,21 @@ class MockRunner:
             self._sleep(_PAUSE_S)
         self._has_begun_answers = any(_begins_answer(chunk) for chunk in chunks)
 
-    def _compute(self, chunk: Chunk, sampled: list[Sampled]) -> None:
-        states = self._advance(chunk, self._memory.state_before(chunk.block_ids, chunk.start))
-        token_after = self._vocabulary.token_after
-        for point, state in zip(chunk.samples, states[len(states) - len(chunk.samples) :], strict=True):
-            sampled.append(Sampled(token_after(state, point.params), _LOG_PROB))
-
-    def _advance(self, chunk: Chunk, state: int) -> list[int]:
-        """Write the chunk's KV; returns the last states, at least one for each sample point."""
+    def _compute(self, chunk: Chunk) -> list[int]:
+        """Write the chunk's KV; returns the token of each sample point."""
+        state = self._memory.state_before(chunk.block_ids, chunk.start)
+        num_samples = len(chunk.samples)
         if len(chunk.tokens) > FEW:
             many = next_states(state, chunk.tokens, chunk.start)
             self._memory.write(chunk.block_ids, chunk.start, many)
-            states: list[int] = many[len(many) - len(chunk.samples) :].tolist()
-            return states
+            if num_samples > FEW:
+                return self._vocabulary.tokens_after(many[-num_samples:], chunk.samples[0].params)
+            states = many[len(many) - num_samples :].tolist()
+        else:
+            states = self._advance(chunk, state)[len(chunk.tokens) - num_samples :]
+        return [self._vocabulary.token_after(state, chunk.samples[0].params) for state in states]
+
+    def _advance(self, chunk: Chunk, state: int) -> list[int]:
         states = []
         for position, token_id in enumerate(chunk.tokens.tolist(), chunk.start):
             state = next_state(state, token_id, position)

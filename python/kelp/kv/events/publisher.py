@@ -8,7 +8,6 @@ import random
 import select
 import socket
 import threading
-from collections.abc import Iterator
 
 import zmq
 
@@ -20,9 +19,8 @@ from kelp.kv.events.answers import AnswerDesk
 from kelp.kv.events.stream import EventStream, StreamMessage
 
 _BUSY_POLL_S = 0.005
-_QUIET_FLUSHES = 4
-"""Waking a thread is a system call of the engine's: while events keep coming this one looks by itself."""
 _PUB_HWM = 100_000
+_ANSWER_HWM = 16
 _log = logging.getLogger(__name__)
 
 
@@ -45,7 +43,7 @@ class EventPublisher:
             self._context.destroy(linger=0)
             raise
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._desk = AnswerDesk(self._router, self._stream.replay, self._snapshot, clock, config.request_timeout_s)
+        self._desk = AnswerDesk(self._router, self._stream, self._send, clock, config.request_timeout_s)
         self._waker, self._wakee = socket.socketpair()
         self._waker.setblocking(False)
         self._wakee.setblocking(False)
@@ -90,7 +88,7 @@ class EventPublisher:
     def _bind(self, kind: int, field: str, port: int) -> zmq.Socket[bytes]:
         bound = self._context.socket(kind)
         bound.setsockopt(zmq.LINGER, 0)
-        bound.setsockopt(zmq.SNDHWM, _PUB_HWM if kind == zmq.PUB else 64)
+        bound.setsockopt(zmq.SNDHWM, _PUB_HWM if kind == zmq.PUB else _ANSWER_HWM)
         bound.setsockopt(zmq.MAXMSGSIZE, self._config.max_message_bytes if kind == zmq.PUB else 1024)
         bound.setsockopt(zmq.IPV6, int(":" in self._config.host))
         try:
@@ -122,51 +120,40 @@ class EventPublisher:
         poller.register(self._wakee.fileno(), select.POLLIN)
         poller.register(self._router, zmq.POLLIN)
         flush_s = digest_s = now_s = self._clock.monotonic_s()
-        num_quiet_flushes = 0
-        self._is_awake = True
         while not self._is_closing:
             busy_s = math.inf if self._desk.is_idle else now_s + _BUSY_POLL_S
-            poller.poll(max(0, math.ceil((min(flush_s, digest_s, busy_s) - now_s) * 1e3)))
+            ready = poller.poll(max(0, math.ceil((min(flush_s, digest_s, busy_s) - now_s) * 1e3)))
             now_s = self._clock.monotonic_s()
-            if self._take_wakes():
-                num_quiet_flushes, flush_s = 0, min(flush_s, now_s + self._config.flush_interval_s)
+            for source, _ in ready:
+                if source is self._router:
+                    self._desk.receive()
+                else:
+                    self._wakee.recv(64)
+                    flush_s = min(flush_s, now_s + self._config.flush_interval_s)
             if now_s >= flush_s:
-                num_quiet_flushes = 0 if self._flush() else num_quiet_flushes + 1
-                flush_s = now_s + self._config.flush_interval_s
-            if num_quiet_flushes > _QUIET_FLUSHES and flush_s < math.inf:
-                # The flush after it takes what came before the engine's thread saw that it must wake this one.
-                self._is_awake = False
-                self._flush()
                 flush_s = math.inf
+                # The flush takes whatever came before the engine's thread saw that it must wake this one again.
+                self._is_awake = False
+                self._send(self._stream.flush())
             if now_s >= digest_s:
                 digest_s = now_s + self._config.digest_interval_s
-                self._pub.send_multipart(self._stream.digest().frames())
-            self._desk.receive()
-            self._desk.send()
-        self._flush()
-
-    def _flush(self) -> bool:
-        """Send what has changed; whether there was anything."""
-        messages = self._stream.flush()
-        self._send(messages)
-        return bool(messages)
-
-    def _take_wakes(self) -> bool:
-        try:
-            return bool(self._wakee.recv(64))
-        except BlockingIOError:
-            return False
+                self._send_one(self._stream.digest())
+            if not self._desk.is_idle:
+                self._desk.send()
+        self._send(self._stream.flush())
 
     def _send(self, messages: list[StreamMessage]) -> None:
         for message in messages:
             if self._config.drop_share and self._drops.random() < self._config.drop_share:
                 continue
-            self._pub.send_multipart(message.frames())
+            self._send_one(message)
 
-    def _snapshot(self) -> Iterator[StreamMessage]:
-        changes, parts = self._stream.snapshot()
-        self._send(changes)
-        return parts
+    def _send_one(self, message: StreamMessage) -> None:
+        # Frame by frame: `send_multipart` costs three times as much.
+        topic, seq, payload = message.frames()
+        self._pub.send(topic, zmq.SNDMORE)
+        self._pub.send(seq, zmq.SNDMORE)
+        self._pub.send(payload)
 
 
 def _bracketed(host: str) -> str:

@@ -14,6 +14,7 @@ from kelp.core.kv_events import BlocksCleared, BlocksRemoved, BlocksStored, KVEv
 from kelp.core.types import SequenceHash, Tier
 from kelp.kv.events.codec import TierDigest
 
+_TIERS = tuple(Tier)
 Parents = Mapping[SequenceHash, SequenceHash | None]
 """Blocks of one tier with the block before each."""
 
@@ -27,14 +28,19 @@ class StreamDigest:
 
     def apply(self, events: Iterable[KVEvent]) -> None:
         """Follow changes that stored what was not there and removed what was."""
+        changed: dict[Tier, list[bytes]] = {}
         for event in events:
             if isinstance(event, BlocksCleared):
                 self._num_blocks = [0] * len(Tier)
                 self._exclusive_or[:] = 0
+                changed.clear()
                 continue
-            words = np.frombuffer(b"".join(event.hashes), dtype=np.uint64).reshape(-1, 2)
-            self._exclusive_or[event.tier] ^= np.bitwise_xor.reduce(words, axis=0)
-            self._num_blocks[event.tier] += len(words) if isinstance(event, BlocksStored) else -len(words)
+            changed.setdefault(event.tier, []).extend(event.hashes)
+            num_blocks = len(event.hashes)
+            self._num_blocks[event.tier] += num_blocks if isinstance(event, BlocksStored) else -num_blocks
+        for tier, hashes in changed.items():
+            words = np.frombuffer(b"".join(hashes), dtype=np.uint64).reshape(-1, 2)
+            self._exclusive_or[tier] ^= np.bitwise_xor.reduce(words, axis=0)
 
     def tiers(self) -> tuple[TierDigest, ...]:
         """The digest of each tier; a set that never was has a number below zero, and equals none."""
@@ -62,13 +68,9 @@ class Residency:
     def apply(self, event: KVEvent) -> None:
         """Take one of the engine's events, whether or not it has an effect."""
         if isinstance(event, BlocksStored):
-            parent = event.parent
-            for sequence_hash in event.hashes:
-                self._store(event.tier, sequence_hash, parent)
-                parent = sequence_hash
+            self._store(event)
         elif isinstance(event, BlocksRemoved):
-            for sequence_hash in event.hashes:
-                self._remove(event.tier, sequence_hash)
+            self._remove(event)
         else:
             for blocks in (*self._tiers, *self._stored, *self._removed):
                 blocks.clear()
@@ -80,13 +82,14 @@ class Residency:
         Within one batch only the end counts, so removals come first and runs of any interleaving are joined.
         """
         events: list[KVEvent] = [BlocksCleared()] if self._is_cleared else []
-        for tier in Tier:
-            if self._removed[tier]:
-                events.append(BlocksRemoved(tuple(self._removed[tier]), tier))
-        for tier in Tier:
-            events += runs(self._stored[tier], tier)
-        for blocks in (*self._stored, *self._removed):
-            blocks.clear()
+        for tier, removed in zip(_TIERS, self._removed, strict=True):
+            if removed:
+                events.append(BlocksRemoved(tuple(removed), tier))
+                removed.clear()
+        for tier, stored in zip(_TIERS, self._stored, strict=True):
+            if stored:
+                events += runs(stored, tier)
+                stored.clear()
         self._is_cleared = False
         self._digest.apply(events)
         return events
@@ -99,48 +102,57 @@ class Residency:
         """All blocks of each tier, untouched by later changes."""
         return [dict(blocks) for blocks in self._tiers]
 
-    def _store(self, tier: Tier, sequence_hash: SequenceHash, parent: SequenceHash | None) -> None:
-        held = self._tiers[tier]
-        if sequence_hash in held:
-            return
-        held[sequence_hash] = parent
-        if sequence_hash in self._removed[tier]:
-            del self._removed[tier][sequence_hash]
-        else:
-            self._stored[tier][sequence_hash] = parent
+    def _store(self, event: BlocksStored) -> None:
+        held, stored, removed = self._tiers[event.tier], self._stored[event.tier], self._removed[event.tier]
+        for sequence_hash, parent in zip(event.hashes, (event.parent, *event.hashes), strict=False):
+            if sequence_hash not in held:
+                held[sequence_hash] = parent
+                if sequence_hash in removed:
+                    del removed[sequence_hash]
+                else:
+                    stored[sequence_hash] = parent
 
-    def _remove(self, tier: Tier, sequence_hash: SequenceHash) -> None:
-        held = self._tiers[tier]
-        if sequence_hash not in held:
-            return
-        del held[sequence_hash]
-        if sequence_hash in self._stored[tier]:
-            del self._stored[tier][sequence_hash]
-        else:
-            self._removed[tier][sequence_hash] = None
+    def _remove(self, event: BlocksRemoved) -> None:
+        held, stored, removed = self._tiers[event.tier], self._stored[event.tier], self._removed[event.tier]
+        for sequence_hash in event.hashes:
+            if sequence_hash in held:
+                del held[sequence_hash]
+                if sequence_hash in stored:
+                    del stored[sequence_hash]
+                else:
+                    removed[sequence_hash] = None
 
 
 def runs(blocks: Parents, tier: Tier) -> list[KVEvent]:
     """Blocks as runs in which each is the parent of the next; parents should come before their children."""
     open_runs: dict[SequenceHash, list[SequenceHash]] = {}
     found: list[tuple[SequenceHash | None, list[SequenceHash]]] = []
+    run: list[SequenceHash] = []
+    tail: SequenceHash | None = None
     for sequence_hash, parent in blocks.items():
-        run = None if parent is None else open_runs.pop(parent, None)
-        if run is None:
-            run = []
-            found.append((parent, run))
+        if tail is None or parent != tail:
+            # Only the run in hand goes on most of the time; the others wait under their last blocks.
+            if tail is not None:
+                open_runs[tail] = run
+            goes_on = None if parent is None else open_runs.pop(parent, None)
+            run = [] if goes_on is None else goes_on
+            if goes_on is None:
+                found.append((parent, run))
         run.append(sequence_hash)
-        open_runs[sequence_hash] = run
+        tail = sequence_hash
     return [BlocksStored(tuple(run), parent, tier) for parent, run in found]
 
 
 def split(events: Sequence[KVEvent], max_blocks: int) -> Iterator[list[KVEvent]]:
     """The same events in batches of at most `max_blocks` blocks; long ones are cut."""
+    if events and sum([_num_blocks(event) for event in events]) <= max_blocks:
+        yield list(events)
+        return
     batch: list[KVEvent] = []
     room = max_blocks
     for event in events:
         for piece in _pieces(event, max_blocks):
-            num_blocks = 0 if isinstance(piece, BlocksCleared) else len(piece.hashes)
+            num_blocks = _num_blocks(piece)
             if num_blocks > room:
                 yield batch
                 batch, room = [], max_blocks
@@ -148,6 +160,10 @@ def split(events: Sequence[KVEvent], max_blocks: int) -> Iterator[list[KVEvent]]
             room -= num_blocks
     if batch:
         yield batch
+
+
+def _num_blocks(event: KVEvent) -> int:
+    return 0 if isinstance(event, BlocksCleared) else len(event.hashes)
 
 
 def _pieces(event: KVEvent, max_blocks: int) -> Iterator[KVEvent]:

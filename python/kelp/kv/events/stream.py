@@ -91,8 +91,15 @@ class EventStream:
         return messages, self._parts(tiers, self.last_seq)
 
     def replay(self, start_seq: int) -> Iterator[StreamMessage]:
-        """Batches from `start_seq` on, as far back as they are kept."""
-        return iter([message for message in self._ring if message.seq >= start_seq])
+        """Batches from `start_seq` to the last one of now, as far back as they are kept when their turn comes."""
+        end_seq = self._next_seq
+        while self._ring:
+            first_seq = self._ring[0].seq
+            start_seq = max(start_seq, first_seq)
+            if start_seq >= end_seq:
+                return
+            yield self._ring[start_seq - first_seq]
+            start_seq += 1
 
     def digest(self) -> StreamMessage:
         """What all batches so far add up to."""
