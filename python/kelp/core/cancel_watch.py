@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from kelp.core.exchange import Exchange
 
 _log = logging.getLogger(__name__)
-_MAX_ASKED_PER_S = 250
+_MAX_ASKED_PER_S = 128
 """Many open requests are asked about less often: a question costs two processes some 50 us."""
 _LONGEST_INTERVAL_S = 1.0
 
@@ -45,7 +45,8 @@ class CancelWatch:
         watched = _Watched(exchange, on_cancel)
         with self._lock:
             self._watched.add(watched)
-            self._has_work.set()
+            if not self._has_work.is_set():
+                self._has_work.set()
         try:
             yield
         finally:

@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError
 
 from kelp.core.config_kv import DiskTierConfig, KvManagerConfig, ObjectTierConfig, OffloadConfig
 from kelp.core.config_kv import EventsConfig as EventsConfig
-from kelp.core.config_replicas import QueueConfig, ReplicasConfig
+from kelp.core.config_replicas import DirectConfig, QueueConfig, ReplicasConfig
 from kelp.core.config_routing import PolicyName as PolicyName
 from kelp.core.config_routing import RoutingConfig as RoutingConfig
 from kelp.core.config_values import Group as _Group
@@ -201,6 +201,7 @@ class KelpConfig(_Group):
     executor: ExecutorConfig = ExecutorConfig()
     mock: MockConfig = MockConfig()
     handoff: HandoffConfig = HandoffConfig()
+    direct: DirectConfig = DirectConfig()
     router: RouterConfig = RouterConfig()
     routing: RoutingConfig = RoutingConfig()
     queue: QueueConfig = QueueConfig()

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from kelp.core.config_values import Group, Positive
 
@@ -34,8 +34,8 @@ class EventsConfig(Group):
     """Of the events; 0 takes a free one."""
     replay_port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Where missed events and snapshots are asked for; 0 takes a free one."""
-    flush_interval_s: Positive = 0.005
-    """Events of this long travel together."""
+    flush_interval_s: Positive = 0.01
+    """Longest time that an event waits for others to travel with it: one message and one wake-up serve them all."""
     digest_interval_s: Annotated[float, Field(gt=0, le=3600)] = 2.0
     """How often a worker says what its events should add up to; three times this without a sign is silence."""
     max_queued_events: Annotated[int, Field(ge=16)] = 65536
@@ -129,10 +129,15 @@ class ObjectTierConfig(Group):
     """How often the store is asked what other hosts have put there."""
 
 
+def _unquoted_off(value: object) -> object:
+    """YAML reads `off` as False."""
+    return "off" if value is False else value
+
+
 class OffloadConfig(Group):
     """What workers keep below their own pool, and when they bring it back."""
 
-    mode: Literal["write-through", "write-back", "off"] = "write-through"
+    mode: Annotated[Literal["write-through", "write-back", "off"], BeforeValidator(_unquoted_off)] = "write-through"
     """Offer blocks to the manager when they are full, or when they are next to be evicted, or never."""
     max_blocks_in_flight: Annotated[int, Field(ge=1)] = 64
     """Blocks held for the manager to read; what is sealed beyond is not offered (and counted)."""

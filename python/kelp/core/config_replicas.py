@@ -1,4 +1,4 @@
-"""Configuration of the router's queue and of several routers side by side; part of `core.config`."""
+"""Configuration of the router's queue, of routers side by side and of their way to workers; part of `core.config`."""
 
 from __future__ import annotations
 
@@ -37,3 +37,12 @@ class ReplicasConfig(Group):
     """Another router's request counts this long without being renewed."""
     stale_s: Positive = 3.0
     """What another router has is not trusted once it has been silent, or messages were missing, for this long."""
+
+
+class DirectConfig(Group):
+    """The direct way between a router and a worker, past Triton (docs/decisions/0010)."""
+
+    enabled: bool = True
+    """Workers listen at a free port of `handoff.host`, and routers use it; else all goes through Triton's gRPC."""
+    stall_timeout_s: Positive = 10.0
+    """A router that reads nothing of what a worker has for it for this long is disconnected, its requests end."""

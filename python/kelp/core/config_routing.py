@@ -20,6 +20,11 @@ class RoutingConfig(Group):
     defaults."""
     temperature: Annotated[float, Field(ge=0, le=100)] = 0.0
     """Above 0, a worker is drawn with odds that fall with its cost (softmax over the range of costs)."""
+    disaggregation_itl_weight: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    """Where `router.disaggregation` is `auto`: what a second that the answer takes longer after its first token is
+    worth, in seconds of time to first token. 0 leaves it out: predictions so far ahead did not pay in simulations."""
+    disaggregation_stall_weight: Annotated[float, Field(ge=0, le=1000)] = 0.5
+    """There: what a second is worth by which a prompt stalls another answer of the worker that computes it."""
     reservation_ttl_s: Positive = 10.0
     """A reservation that is not committed for this long lapses."""
     lease_ttl_s: Positive = 600.0
@@ -37,5 +42,7 @@ class RoutingConfig(Group):
     """Most memory of the prefix index; beyond, what no prompt has matched for longest is forgotten."""
     expected_ttl_s: Positive = 120.0
     """How long blocks of a placed request count as a worker's own while its events neither confirm nor deny them."""
-    explained_candidates: Annotated[int, Field(ge=0)] = 65536
-    """Candidates kept over all explained decisions; the oldest decisions go first."""
+    events_ttl_s: Positive = 30.0
+    """A worker that does not answer for its KV events this long is known by predictions alone until it does again."""
+    explained_bytes: Annotated[int, Field(ge=0)] = 32 * 1024 * 1024
+    """Most memory of the decisions that `kelp_explain` can tell of (estimated); the oldest decisions go first."""

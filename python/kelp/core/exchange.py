@@ -5,11 +5,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy.typing as npt
 
+from kelp.core.errors import InternalError, KelpError
+
+_log = logging.getLogger(__name__)
 Tensors = Mapping[str, npt.NDArray[Any]]
 
 
@@ -30,3 +34,11 @@ class Exchange(Protocol):
 
     def send(self, outputs: Tensors, is_final: bool = False) -> None:
         """Send one response."""
+
+
+def as_kelp_error(error: BaseException) -> KelpError:
+    """The typed form of anything that reached the outermost guard of a request."""
+    if isinstance(error, KelpError):
+        return error
+    _log.error("unexpected error", exc_info=error)
+    return InternalError(f"{type(error).__name__}: {error}")

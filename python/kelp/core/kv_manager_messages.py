@@ -22,99 +22,47 @@ import msgspec
 from msgspec import Meta
 
 from kelp.core.errors import ProtocolError
+from kelp.core.kv_manager_values import (
+    MAX_BLOCKS,
+    Count,
+    Digest,
+    Digests,
+    LeaseId,
+    LeaseIds,
+    Name,
+    OfferedBlock,
+    PoolRecord,
+    Seconds,
+    SlotRef,
+    SpaceRecord,
+    Value,
+)
 from kelp.core.types import Tier
 
+__all__ = [
+    "MAX_BATCH_BYTES", "MAX_BLOCKS", "Await", "Clear", "Commit", "Digest", "Done", "GetStats", "Join", "Joined",
+    "Leased", "OfferedBlock", "Onboard", "Operation", "Pin", "PoolRecord", "Refused", "Release", "Renew", "Renewed",
+    "Result", "SlotRef", "SpaceRecord", "Stats", "Store", "Stored", "Unknown", "decode_operations", "decode_results",
+    "encode_batch",
+]  # fmt: skip
+
 MAX_BATCH_BYTES = 4 * 1024 * 1024
-MAX_BLOCKS = 16384
-"""Blocks in one operation."""
 _MAX_OPERATIONS = 256
 
-Digest = Annotated[bytes, Meta(min_length=16, max_length=16)]
-_Parent = Annotated[bytes, Meta(max_length=16)]
-_Name = Annotated[str, Meta(min_length=1, max_length=256)]
-_Count = Annotated[int, Meta(ge=0, lt=2**31)]
-_Address = Annotated[int, Meta(ge=0, le=2**63 - 1)]
-_Seconds = Annotated[float, Meta(ge=0, le=86400)]
-_LeaseId = Annotated[int, Meta(ge=0, le=2**63 - 1)]
-_Metadata = Annotated[bytes, Meta(max_length=1024 * 1024)]
-Digests = Annotated[tuple[Digest, ...], Meta(max_length=MAX_BLOCKS)]
-_LeaseIds = Annotated[tuple[_LeaseId, ...], Meta(max_length=MAX_BLOCKS)]
 
-
-class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Base of the values inside operations and results."""
-
-
-class SpaceRecord(_Struct, frozen=True):
-    """What must be equal for one party's bytes to mean the same to the other: `core.types.KVLayout` without its size.
-
-    Attributes:
-        hash_version: `core.hashing.HASH_VERSION`.
-    """
-
-    num_layers: Annotated[int, Meta(ge=1, lt=2**16)]
-    num_kv_heads: Annotated[int, Meta(ge=1, lt=2**16)]
-    block_size: Annotated[int, Meta(ge=1, lt=2**16)]
-    head_dim: Annotated[int, Meta(ge=1, lt=2**16)]
-    dtype: _Name
-    model_id: _Name
-    hash_version: _Count
-
-
-class PoolRecord(_Struct, frozen=True):
-    """Memory that a peer may READ: block *b* is `block_bytes` bytes at `base_address + b * stride_bytes`.
-
-    Attributes:
-        agent_metadata: Of the owner's transport agent (`transport.base.Agent.metadata`).
-    """
-
-    agent_metadata: _Metadata
-    base_address: _Address
-    num_blocks: Annotated[int, Meta(ge=1, lt=2**31)]
-    block_bytes: Annotated[int, Meta(ge=1, lt=2**31)]
-    stride_bytes: Annotated[int, Meta(ge=1, lt=2**31)]
-    device: _Name
-
-
-class OfferedBlock(_Struct, frozen=True, array_like=True):
-    """A sealed block that the sender holds still.
-
-    Attributes:
-        parent: The block before it in its sequence; empty for the first.
-        position: Its index in the sequence: what recomputing it costs grows with it.
-        block_id: In the sender's pool.
-    """
-
-    sequence_hash: Digest
-    parent: _Parent
-    position: _Count
-    block_id: _Count
-
-
-class SlotRef(_Struct, frozen=True, array_like=True):
-    """A block in the manager's host tier, readable under a lease.
-
-    Attributes:
-        checksum: `kv.tiers.records.checksum` of its `block_bytes` bytes.
-    """
-
-    slot: _Count
-    checksum: Annotated[bytes, Meta(min_length=8, max_length=8)]
-
-
-class _Operation(_Struct, frozen=True, tag_field="op", tag=str.lower):
+class _Operation(Value, frozen=True, tag_field="op", tag=str.lower):
     """Base of what a worker asks."""
 
 
-class _Result(_Struct, frozen=True, tag_field="result", tag=str.lower):
+class _Result(Value, frozen=True, tag_field="result", tag=str.lower):
     """Base of what the manager answers."""
 
 
 class Join(_Operation, frozen=True):
     """First, and again whenever `Unknown` is answered: introduce a worker's pool and get the manager's."""
 
-    worker_id: _Name
-    epoch: _Name
+    worker_id: Name
+    epoch: Name
     space: SpaceRecord
     pool: PoolRecord
 
@@ -122,9 +70,9 @@ class Join(_Operation, frozen=True):
 class Joined(_Result, frozen=True):
     """Attributes: `pool` is the host tier; `manager_epoch` names this incarnation; `tiers` are those it has."""
 
-    manager_epoch: _Name
+    manager_epoch: Name
     pool: PoolRecord
-    lease_ttl_s: _Seconds
+    lease_ttl_s: Seconds
     tiers: Annotated[tuple[Tier, ...], Meta(max_length=len(Tier))]
 
 
@@ -137,27 +85,27 @@ class Store(_Operation, frozen=True):
         hold_s: How long the worker holds the blocks at least; a READ that takes longer is given up.
     """
 
-    worker_id: _Name
-    epoch: _Name
-    store_id: _LeaseId
+    worker_id: Name
+    epoch: Name
+    store_id: LeaseId
     tenant: Digest
-    hold_s: _Seconds
+    hold_s: Seconds
     blocks: Annotated[tuple[OfferedBlock, ...], Meta(min_length=1, max_length=MAX_BLOCKS)]
 
 
 class Stored(_Result, frozen=True):
     """Attributes: `num_read` blocks were read and wait for `Commit`; `num_known` were there, the rest is not wanted."""
 
-    num_read: _Count
-    num_known: _Count
+    num_read: Count
+    num_known: Count
 
 
 class Commit(_Operation, frozen=True):
     """The blocks of a `Store` were held unchanged until its answer came (or not: `is_valid` False drops them)."""
 
-    worker_id: _Name
-    epoch: _Name
-    store_id: _LeaseId
+    worker_id: Name
+    epoch: Name
+    store_id: LeaseId
     is_valid: bool = True
 
 
@@ -166,19 +114,21 @@ class Onboard(_Operation, frozen=True):
 
     Attributes:
         lease_id: The worker's own number, new with every `Onboard`.
+        tenant: `core.hashing.tenant_digest` of the cache salt: where the object store keeps the blocks.
         hashes: Consecutive blocks of one prompt; the worker lacks them from the first on.
         first_position: Index of the first in its sequence.
         recompute_s: Predicted time to compute all of `hashes`; 0 if unknown or of no interest: bring all.
         timeout_s: What is not ready by then is not wanted.
     """
 
-    worker_id: _Name
-    epoch: _Name
-    lease_id: _LeaseId
+    worker_id: Name
+    epoch: Name
+    lease_id: LeaseId
+    tenant: Digest
     hashes: Annotated[tuple[Digest, ...], Meta(min_length=1, max_length=MAX_BLOCKS)]
-    first_position: _Count
-    recompute_s: _Seconds
-    timeout_s: _Seconds
+    first_position: Count
+    recompute_s: Seconds
+    timeout_s: Seconds
 
 
 class Leased(_Result, frozen=True):
@@ -190,32 +140,32 @@ class Leased(_Result, frozen=True):
         tiers: Where the `num_blocks` blocks were found, as counts by tier.
     """
 
-    num_blocks: _Count
+    num_blocks: Count
     ready: Annotated[tuple[SlotRef, ...], Meta(max_length=MAX_BLOCKS)]
-    tiers: Annotated[tuple[_Count, ...], Meta(min_length=len(Tier), max_length=len(Tier))]
+    tiers: Annotated[tuple[Count, ...], Meta(min_length=len(Tier), max_length=len(Tier))]
 
 
 class Await(_Operation, frozen=True):
-    """Answered when more than `num_known` leading blocks are ready, or as many as will ever be."""
+    """Answered when more than `num_known` leading blocks are ready or nothing more comes, or after half a second."""
 
-    worker_id: _Name
-    epoch: _Name
-    lease_id: _LeaseId
-    num_known: _Count
+    worker_id: Name
+    epoch: Name
+    lease_id: LeaseId
+    num_known: Count
 
 
 class Renew(_Operation, frozen=True):
     """Extend leases by the ttl; answered with those still alive."""
 
-    worker_id: _Name
-    epoch: _Name
-    lease_ids: _LeaseIds
+    worker_id: Name
+    epoch: Name
+    lease_ids: LeaseIds
 
 
 class Renewed(_Result, frozen=True):
     """Answer to `Renew`."""
 
-    lease_ids: _LeaseIds
+    lease_ids: LeaseIds
 
 
 class Release(_Operation, frozen=True):
@@ -225,9 +175,9 @@ class Release(_Operation, frozen=True):
         corrupt: Blocks whose checksum was wrong where they were read: the manager drops them.
     """
 
-    worker_id: _Name
-    epoch: _Name
-    lease_ids: _LeaseIds
+    worker_id: Name
+    epoch: Name
+    lease_ids: LeaseIds
     corrupt: Digests = ()
 
 
@@ -235,7 +185,7 @@ class Pin(_Operation, frozen=True):
     """Keep these blocks in the host tier for a while; 0 seconds unpins. Answered with how many are there."""
 
     hashes: Digests
-    ttl_s: _Seconds
+    ttl_s: Seconds
 
 
 class Clear(_Operation, frozen=True):
@@ -251,13 +201,13 @@ class GetStats(_Operation, frozen=True):
 class Done(_Result, frozen=True):
     """It was done to this many blocks."""
 
-    num_blocks: _Count = 0
+    num_blocks: Count = 0
 
 
 class Stats(_Result, frozen=True):
     """Answer to `GetStats`: names as in the metrics, with what they count."""
 
-    values: Annotated[dict[_Name, float], Meta(max_length=4096)]
+    values: Annotated[dict[Name, float], Meta(max_length=4096)]
 
 
 class Unknown(_Result, frozen=True):
@@ -313,5 +263,5 @@ def _decode(decoder: msgspec.msgpack.Decoder[_BatchT], raw: bytes, what: str) ->
         raise ProtocolError(f"{what}: {len(raw)} bytes exceed the limit of {MAX_BATCH_BYTES}")
     try:
         return decoder.decode(raw)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"{what}: {error}") from None

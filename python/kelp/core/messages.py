@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, TypeAdapter, field_validator
 
 from kelp.core.guide_spec import GuideSpec
-from kelp.core.types import FinishReason, Role
+from kelp.core.types import FinishReason, Role, Tier
 from kelp.core.wire import Count, LoraDigest, Message, Name, Nanoseconds, TokenId
 
 
@@ -70,6 +70,8 @@ class GenerateCommand(Message):
         lora_name: Adapter to compute with; empty for none.
         lora_digest: Its content when the prompt was hashed; a worker that loaded another refuses.
         tenant_hex: `core.hashing.tenant_digest` of the cache salt, hex; empty: of the empty salt.
+        lower_tier_blocks: How many leading full prompt blocks are known to lie in the worker's own cache and its block
+            manager's tiers together: a worker that has as many need not ask its manager. None: it had better ask.
     """
 
     op: Literal["generate"] = "generate"
@@ -83,6 +85,7 @@ class GenerateCommand(Message):
     lora_name: Annotated[str, Field(max_length=256)] = ""
     lora_digest: LoraDigest = ""
     tenant_hex: Annotated[str, Field(pattern=r"^([0-9a-f]{32})?$")] = ""
+    lower_tier_blocks: Count | None = None
 
 
 class DrainCommand(Message):
@@ -123,17 +126,27 @@ class RequestTimings(Message):
     prefill_done_ns: Nanoseconds = 0
     transfer_start_ns: Nanoseconds = 0
     transfer_done_ns: Nanoseconds = 0
+    onboard_start_ns: Nanoseconds = 0
+    onboard_done_ns: Nanoseconds = 0
     first_token_ns: Nanoseconds = 0
     last_token_ns: Nanoseconds = 0
 
 
 class RequestUsage(Message):
-    """What a request cost on one worker; block counts as TensorRT-LLM names them."""
+    """What a request cost on one worker; block counts as TensorRT-LLM names them.
+
+    Attributes:
+        cached_tokens: Prompt tokens that were not computed, onboarded ones included.
+        onboarded_blocks: Blocks that came from lower tiers.
+        onboarded_tiers: The same by `Tier` where they were found; empty if nobody said so.
+    """
 
     cached_tokens: Count = 0
     new_blocks: Count = 0
     reused_blocks: Count = 0
     transferred_blocks: Count = 0
+    onboarded_blocks: Count = 0
+    onboarded_tiers: Annotated[tuple[Count, ...], Field(max_length=len(Tier))] = ()
 
 
 class Finished(Message):

@@ -15,14 +15,22 @@ from typing import Generic, TypeVar
 
 _log = logging.getLogger(__name__)
 ItemT = TypeVar("ItemT")
+OnFailed = Callable[[Exception], None]
 
 
 class Lane(Generic[ItemT]):
     """One stream's items in order; made by `Outbox.lane`."""
 
-    def __init__(self, ready: queue.SimpleQueue[Lane[ItemT] | None], flush: Callable[[list[ItemT]], None]) -> None:
+    def __init__(
+        self,
+        ready: queue.SimpleQueue[Lane[ItemT] | None],
+        flush: Callable[[list[ItemT]], None],
+        on_failed: OnFailed | None,
+    ) -> None:
         self._ready = ready
         self._flush = flush
+        self._on_failed = on_failed
+        self._has_failed = False
         self._lock = threading.Lock()
         self._items: list[ItemT] = []
         self._is_scheduled = False
@@ -41,7 +49,18 @@ class Lane(Generic[ItemT]):
         with self._lock:
             items, self._items = self._items, []
             self._is_scheduled = False
-        self._flush(items)
+        if self._has_failed:
+            return
+        try:
+            self._flush(items)
+        except Exception as error:
+            _log.exception("a flush failed; its stream is lost, the others go on")
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        if self._on_failed is not None:
+            self._has_failed = True
+            self._on_failed(error)
 
 
 class Outbox(Generic[ItemT]):
@@ -52,9 +71,15 @@ class Outbox(Generic[ItemT]):
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def lane(self, flush: Callable[[list[ItemT]], None]) -> Lane[ItemT]:
-        """A new stream; `flush` gets all items queued since its last call, in the outbox thread."""
-        return Lane(self._ready, flush)
+    def lane(self, flush: Callable[[list[ItemT]], None], on_failed: OnFailed | None = None) -> Lane[ItemT]:
+        """A new stream.
+
+        Args:
+            flush: Gets all items queued since its last call, in the outbox thread.
+            on_failed: Called once, there too, with what `flush` raised; nothing is sent after it, because the stream
+                has a hole. Without it nobody can be told, and the stream goes on.
+        """
+        return Lane(self._ready, flush, on_failed)
 
     def close(self) -> None:
         """Send what is queued and stop the thread."""
@@ -66,4 +91,4 @@ class Outbox(Generic[ItemT]):
             try:
                 lane.send_queued()
             except Exception:
-                _log.exception("a flush failed; its stream is lost, the others go on")
+                _log.exception("a stream's owner did not take its failure")

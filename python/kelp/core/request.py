@@ -8,7 +8,7 @@ lengths against the context, by `preprocess`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -85,6 +85,10 @@ class LlmRequest:
     wishes: RoutingWishes = field(default_factory=RoutingWishes)
 
 
+_OUTPUT_FLAGS = tuple(option.name for option in fields(OutputOptions))
+_DEFAULT_OUTPUT = OutputOptions()
+
+
 def _text(inputs: Mapping[str, InputValue], name: str) -> str:
     value = inputs.get(name, "")
     assert isinstance(value, str)
@@ -101,6 +105,11 @@ def _name(inputs: Mapping[str, InputValue], name: str, limits: RequestLimits) ->
     text = _text(inputs, name)
     check_text_bytes(name, text, limits.max_name_bytes)
     return text
+
+
+def _read_output(inputs: Mapping[str, InputValue]) -> OutputOptions:
+    given = {name: _flag(inputs, name, False) for name in _OUTPUT_FLAGS if name in inputs}
+    return replace(_DEFAULT_OUTPUT, **given) if given else _DEFAULT_OUTPUT
 
 
 def _whole(inputs: Mapping[str, InputValue], name: str, allowed: NumberRange) -> int | None:
@@ -177,11 +186,5 @@ def parse_request(
         session_id=_name(inputs, "session_id", limits),
         lora_name=sampling.lora_name,
         wishes=read_wishes(parameters or {}, limits),
-        output=OutputOptions(
-            return_log_probs=_flag(inputs, "return_log_probs", False),
-            exclude_input_in_output=_flag(inputs, "exclude_input_in_output", True),
-            return_finish_reason=_flag(inputs, "return_finish_reason", False),
-            return_num_input_tokens=_flag(inputs, "return_num_input_tokens", False),
-            return_num_output_tokens=_flag(inputs, "return_num_output_tokens", False),
-        ),
+        output=_read_output(inputs),
     )

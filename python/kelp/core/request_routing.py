@@ -35,12 +35,17 @@ class RoutingWishes:
     preferred_tags: Mapping[str, str] = field(default_factory=dict)
 
 
+_NO_WISHES = RoutingWishes()
+
+
 def read_wishes(parameters: Mapping[str, object], limits: RequestLimits) -> RoutingWishes:
     """Read the routing parameters of a request.
 
     Raises:
         InvalidRequest: A parameter is malformed; names it, its value and the limit.
     """
+    if not parameters:
+        return _NO_WISHES
     return RoutingWishes(
         worker=_text(parameters, WORKER, limits),
         required_tags=_tags(parameters, REQUIRED_TAGS, limits),

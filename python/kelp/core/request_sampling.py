@@ -61,6 +61,7 @@ _DEFAULTS: dict[str, float] = {
     "num_return_sequences": 1,
 }
 _OTHERS = ("ignore_eos", "stop_words", "bad_words", "stop_token_ids", "lora_name")
+_SINGLE = frozenset((*NUMBER_RANGES, *_OTHERS, *GUIDE_TENSORS))
 
 VLLM_NAMES: dict[str, str] = {
     "seed": "random_seed",
@@ -135,11 +136,13 @@ def _parse_json(text: str) -> Mapping[str, object]:
 def _gather(inputs: Mapping[str, InputValue], parameters: Mapping[str, object]) -> dict[str, Given]:
     text = inputs.get("sampling_parameters", "")
     assert isinstance(text, str)
-    single = {name: Given(name, inputs[name]) for name in (*NUMBER_RANGES, *_OTHERS, *GUIDE_TENSORS) if name in inputs}
+    given = {name: Given(name, value) for name, value in inputs.items() if name in _SINGLE}
+    if not parameters and not text:
+        return given
     # Request parameters may also come from Triton itself or a tracer, so unknown ones are not ours to refuse.
     weakest = _read_vllm(parameters, "parameters", refuse_unknown=False)
     strongest = _read_vllm(_parse_json(text), "sampling_parameters", refuse_unknown=True)
-    return {**weakest, **single, **strongest}
+    return {**weakest, **given, **strongest}
 
 
 def _check_bounds(numbers: Mapping[str, float], given: Mapping[str, Given], limits: RequestLimits) -> None:
@@ -198,9 +201,10 @@ def read_sampling(
         NotSupported: A value asks for something that kelp does not do.
     """
     given = _gather(inputs, parameters)
-    numbers = {
-        name: read_number(given[name].field, given[name].value, allowed) if name in given else _DEFAULTS[name]
+    numbers = _DEFAULTS | {
+        name: read_number(given[name].field, given[name].value, allowed)
         for name, allowed in NUMBER_RANGES.items()
+        if name in given
     }
     _check_bounds(numbers, given, limits)
     unset = Given("", ())

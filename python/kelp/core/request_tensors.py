@@ -20,6 +20,8 @@ Array = npt.NDArray[Any]
 InputValue = bool | int | float | str | tuple[str, ...] | npt.NDArray[np.int32]
 
 _BYTES_LENGTH_PREFIX = 4
+_DTYPES = {name: spec.datatype.numpy for name, spec in LLM_INPUTS_BY_NAME.items()}
+_ALIASES = frozenset(name for name, spec in LLM_INPUTS_BY_NAME.items() if spec.alias_of)
 
 
 def _wire_bytes(name: str, array: Array) -> int:
@@ -34,8 +36,10 @@ def _wire_bytes(name: str, array: Array) -> int:
 
 
 def _check_type_and_shape(spec: TensorSpec, array: Array) -> None:
-    if array.dtype != spec.datatype.numpy:
+    if array.dtype != _DTYPES[spec.name]:
         raise InvalidRequest(f"{spec.name}: datatype {array.dtype} given, {spec.datatype.value} expected")
+    if array.shape == spec.dims:
+        return
     fits = array.ndim == len(spec.dims) and all(
         wanted in (-1, given) for wanted, given in zip(spec.dims, array.shape, strict=True)
     )
@@ -73,6 +77,8 @@ def _read(spec: TensorSpec, array: Array, limits: RequestLimits) -> InputValue:
 
 
 def _resolve_aliases(values: dict[str, InputValue]) -> dict[str, InputValue]:
+    if _ALIASES.isdisjoint(values):
+        return values
     resolved = {name: value for name, value in values.items() if not LLM_INPUTS_BY_NAME[name].alias_of}
     for name, value in values.items():
         target = LLM_INPUTS_BY_NAME[name].alias_of

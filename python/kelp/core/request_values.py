@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from kelp.core.errors import InvalidRequest
 from kelp.core.request_limits import RequestLimits, check_text_bytes, short_repr
@@ -16,8 +17,7 @@ _MAX_NUMBER_CHARS = 64
 _BOOLS: dict[object, bool] = {"true": True, "false": False, "1": True, "0": False}
 
 
-@dataclass(frozen=True, slots=True)
-class Given:
+class Given(NamedTuple):
     """A value with the name under which the client gave it."""
 
     field: str

@@ -79,9 +79,19 @@ def worker_schema(name: str, role: str) -> ModelSchema:
     return ModelSchema(name, f"kelp_{role}", WORKER_INPUTS, WORKER_OUTPUTS, is_decoupled=True)
 
 
+KV_BLOCK_MANAGER = ModelSchema(
+    name="kv_block_manager",
+    backend="kelp_kv_block_manager",
+    inputs=(TensorSpec("operations", Datatype.BYTES),),
+    outputs=(TensorSpec("results", Datatype.BYTES),),
+    is_decoupled=False,
+)
+"""A batch of operations and one result for each, MessagePack (`core.kv_manager_messages`); KV never passes here."""
+
 MODEL_SCHEMAS: tuple[ModelSchema, ...] = (
     LLM,
     PREPROCESS,
     worker_schema("prefill", "prefill"),
     worker_schema("decode", "decode"),
+    KV_BLOCK_MANAGER,
 )

@@ -12,6 +12,9 @@ from typing import Any
 
 import numpy as np
 
+RESTART_PARAMETER = "epoch"
+"""A parameter that is no configuration: Triton loads a model again only if something in its configuration differs."""
+
 
 class Datatype(str, enum.Enum):
     """Triton's names of element types, as its protocol writes them."""

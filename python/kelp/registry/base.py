@@ -6,15 +6,33 @@ A registry is a hint, never an authority: routers keep serving from the last sna
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Protocol
 
-from pydantic import Field, TypeAdapter
+from pydantic import AfterValidator, Field, TypeAdapter
 
 from kelp.core.types import HandoffShape, KVLayout, Role, WorkerKey, WorkerState
 from kelp.core.wire import Message
 
 _Name = Annotated[str, Field(min_length=1, max_length=256)]
 _Count = Annotated[int, Field(ge=0, lt=2**31)]
+_HOST_AND_PORT = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+(?:%[A-Za-z0-9._-]+)?\]):([0-9]{1,5})")
+_MAX_PORT = 65535
+
+
+def _endpoint(text: str) -> str:
+    found = _HOST_AND_PORT.fullmatch(text)
+    if found is None or not 1 <= int(found.group(1)) <= _MAX_PORT:
+        raise ValueError(f"{text!r} is not host:port, IPv6 addresses in brackets, ports up to {_MAX_PORT}")
+    return text
+
+
+def _endpoint_or_none(text: str) -> str:
+    return _endpoint(text) if text else text
+
+
+_Endpoint = Annotated[str, Field(max_length=256), AfterValidator(_endpoint)]
+_EndpointOrNone = Annotated[str, Field(max_length=256), AfterValidator(_endpoint_or_none)]
 
 
 class LayoutRecord(Message):
@@ -63,6 +81,8 @@ class WorkerRecord(StampedRecord):
         worker_id: `<endpoint>/<model_name>`; stable over restarts.
         epoch: Random per incarnation; a new one means that the worker's KV is gone.
         endpoint: `host:port` of the tritonserver's gRPC service.
+        direct_endpoint: `host:port` of the worker's own socket for routers (decision 0010); empty for workers that are
+            reached through Triton alone.
         handoff_endpoint: `host:port` of the KV handoff service; empty for workers that never prefill for others.
         events_endpoint: `host:port` of the ZMQ PUB socket with the worker's KV events; empty for a worker that does not
             publish, whose residency routers can only guess.
@@ -78,12 +98,13 @@ class WorkerRecord(StampedRecord):
     model_name: _Name
     role: Role
     state: WorkerState
-    endpoint: _Name
-    handoff_endpoint: Annotated[str, Field(max_length=256)] = ""
+    endpoint: _Endpoint
+    direct_endpoint: _EndpointOrNone = ""
+    handoff_endpoint: _EndpointOrNone = ""
     handoff_shape: HandoffShape = HandoffShape.RENDEZVOUS
     layout: LayoutRecord
-    events_endpoint: Annotated[str, Field(max_length=256)] = ""
-    replay_endpoint: Annotated[str, Field(max_length=256)] = ""
+    events_endpoint: _EndpointOrNone = ""
+    replay_endpoint: _EndpointOrNone = ""
     kv_manager_id: Annotated[str, Field(max_length=256)] = ""
     max_step_tokens: _Count = 0
     max_running: _Count = 0
@@ -110,8 +131,8 @@ class RouterRecord(StampedRecord):
 
     router_id: _Name
     epoch: Annotated[int, Field(ge=0, lt=2**63)]
-    loads_endpoint: _Name
-    answers_endpoint: _Name
+    loads_endpoint: _Endpoint
+    answers_endpoint: _Endpoint
 
 
 class KvManagerRecord(StampedRecord):
@@ -124,15 +145,30 @@ class KvManagerRecord(StampedRecord):
         endpoint: `host:port` of the tritonserver's gRPC service.
         events_endpoint: `host:port` of the ZMQ PUB socket with its KV events (tiers host, disk and object).
         replay_endpoint: `host:port` of the ZMQ ROUTER socket that repeats missed events and gives snapshots.
+        shares_objects: It finds blocks in an object store that other hosts have put there, before its events tell.
     """
 
     manager_id: _Name
     epoch: _Name
     host: _Name
-    endpoint: _Name
+    endpoint: _Endpoint
     model_name: _Name
-    events_endpoint: Annotated[str, Field(max_length=256)] = ""
-    replay_endpoint: Annotated[str, Field(max_length=256)] = ""
+    events_endpoint: _EndpointOrNone = ""
+    replay_endpoint: _EndpointOrNone = ""
+    shares_objects: bool = False
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """This incarnation's name."""
+        return self.manager_id, self.epoch
+
+
+class Incarnation(Protocol):
+    """Anything whose every start has a name of its own."""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Id and epoch."""
 
 
 WORKER_RECORD: TypeAdapter[WorkerRecord] = TypeAdapter(WorkerRecord)

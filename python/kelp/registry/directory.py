@@ -1,4 +1,4 @@
-"""Registries of one host: a directory with one JSON file per worker, and one per router beside them.
+"""Registries of one host: a directory with one JSON file per worker, router and KV block manager.
 
 A record whose heartbeat is older than `expiry_s` is dead; a starting worker or router sweeps such files away.
 """
@@ -8,11 +8,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from kelp.core.clock import Clock, SystemClock
-from kelp.registry.base import ROUTER_RECORD, WORKER_RECORD, RouterRecord, WorkerRecord
+from kelp.registry.base import (
+    KV_MANAGER_RECORD,
+    ROUTER_RECORD,
+    WORKER_RECORD,
+    KvManagerRecord,
+    RouterRecord,
+    WorkerRecord,
+)
 from kelp.registry.record_folder import RecordFolder
 
 _WORKER_SUFFIX = ".worker.json"
 _ROUTER_SUFFIX = ".router.json"
+_KV_MANAGER_SUFFIX = ".kv-manager.json"
 
 
 class DirectoryRegistry:
@@ -62,4 +70,37 @@ class RouterDirectory:
 
     def sweep(self) -> int:
         """Remove the records of dead routers and return how many there were."""
+        return self._records.sweep()
+
+
+class KvManagerDirectory:
+    """KV block managers in the same directory."""
+
+    def __init__(self, folder: Path, expiry_s: float, clock: Clock | None = None) -> None:
+        self._records = RecordFolder(folder, _KV_MANAGER_SUFFIX, KV_MANAGER_RECORD, expiry_s, clock or SystemClock())
+
+    def publish(self, record: KvManagerRecord) -> None:
+        """Create or renew a record; stamps the heartbeat.
+
+        Raises:
+            OSError: The directory cannot be written.
+        """
+        self._records.write(record.manager_id, record)
+
+    def withdraw(self, manager_id: str, epoch: str) -> None:
+        """Remove the record if it still is of this epoch; idempotent."""
+        record = self._records.read(manager_id)
+        if record is not None and record.epoch == epoch:
+            self._records.remove(manager_id)
+
+    def snapshot(self) -> list[KvManagerRecord]:
+        """All live records.
+
+        Raises:
+            OSError: The directory cannot be read.
+        """
+        return self._records.live()
+
+    def sweep(self) -> int:
+        """Remove the records of dead managers and return how many there were."""
         return self._records.sweep()

@@ -38,6 +38,7 @@ class RecordFolder(Generic[RecordT]):
         self._adapter = adapter
         self._expiry_ns = int(expiry_s * 1e9)
         self._clock = clock
+        self._refused: dict[str, str] = {}
 
     def write(self, name: str, record: RecordT) -> None:
         """Create or renew a record; stamps the heartbeat.
@@ -83,16 +84,23 @@ class RecordFolder(Generic[RecordT]):
     def _paths(self) -> list[Path]:
         if not self._folder.exists():
             return []
-        return sorted(path for path in self._folder.iterdir() if path.name.endswith(self._suffix))
+        paths = sorted(path for path in self._folder.iterdir() if path.name.endswith(self._suffix))
+        self._refused = {path.name: self._refused[path.name] for path in paths if path.name in self._refused}
+        return paths
 
     def _path_of(self, name: str) -> Path:
         return self._folder / (quote(name, safe="") + self._suffix)
 
     def _read(self, path: Path) -> RecordT | None:
+        """The record; None if there is none, or one that is no use, which is said once."""
         try:
-            return decode_message(self._adapter, path.read_bytes(), f"registry record {path.name}")
+            record = decode_message(self._adapter, path.read_bytes(), f"registry record {path.name}")
         except FileNotFoundError:
             return None
-        except ProtocolError as error:
-            _log.warning("ignored: %s", error)
+        except (ProtocolError, OSError) as error:
+            if self._refused.get(path.name) != str(error):
+                _log.warning("ignored: %s", error)
+            self._refused[path.name] = str(error)
             return None
+        self._refused.pop(path.name, None)
+        return record

@@ -1,60 +1,98 @@
-"""What a router knows of the workers: the last good snapshot, whatever becomes of the registry."""
+"""What a router knows of workers and block managers: the last good snapshot, whatever becomes of the registry."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
 
 from kelp.core.types import WorkerState
-from kelp.registry.base import Registry, WorkerRecord
+from kelp.registry.base import Incarnation, Registry, WorkerRecord
 
 _log = logging.getLogger(__name__)
+RecordT = TypeVar("RecordT", bound=Incarnation)
 
 
-class RegistryView:
-    """A snapshot that refreshes itself.
+class RecordsView(Generic[RecordT]):
+    """A snapshot of records of one kind that refreshes itself.
 
     While the registry cannot be read the last snapshot stays in force: serving goes on, and broken streams tell
     which workers are really gone. All methods belong to one event loop.
 
     Attributes:
         on_read: Called after each new snapshot.
+
+    Args:
+        read: The registry's own snapshot, which may block; raises OSError while it cannot be had.
     """
 
-    def __init__(self, registry: Registry, refresh_s: float) -> None:
-        self._registry = registry
+    def __init__(self, read: Callable[[], Sequence[RecordT]], refresh_s: float) -> None:
+        self._read_records = read
         self._refresh_s = refresh_s
-        self._records: dict[str, WorkerRecord] = {}
+        self._records: dict[str, RecordT] = {}
         self._is_reachable = True
+        self._reading: asyncio.Task[None] | None = None
+        self._following: asyncio.Task[None] | None = None
         self.on_read: Callable[[], None] = lambda: None
 
     async def run(self) -> None:
         """Refresh for ever; cancel to stop."""
-        while True:
-            try:
-                await self.refresh()
-            except Exception:
-                # Whatever one record did to those who were told of it: the next snapshot may be better.
-                _log.exception("the workers' records could not be taken over, trying again")
-            await asyncio.sleep(self._refresh_s)
+        try:
+            while True:
+                try:
+                    await self.refresh()
+                except Exception:
+                    # Whatever one record did to those who were told of it: the next snapshot may be better.
+                    _log.exception("the registry's records could not be taken over, trying again")
+                await asyncio.sleep(self._refresh_s)
+        finally:
+            for reading in filter(None, (self._following, self._reading)):
+                reading.cancel()
 
     async def refresh(self) -> None:
-        """Read the registry once, off the loop."""
+        """Read the registry once, off the loop; all who ask while it is being read share the reading that follows.
+
+        Two readings at once could end in the wrong order, and bring back a worker that has gone.
+        """
+        await asyncio.shield(self._next_reading())
+
+    def _next_reading(self) -> asyncio.Task[None]:
+        if self._following is not None:
+            return self._following
+        if self._reading is None or self._reading.done():
+            self._reading = asyncio.ensure_future(self._read())
+            return self._reading
+        self._following = asyncio.ensure_future(self._read_after(self._reading))
+        return self._following
+
+    async def _read_after(self, reading: asyncio.Task[None]) -> None:
+        await asyncio.wait({reading})
+        self._reading, self._following = self._following, None
+        await self._read()
+
+    async def _read(self) -> None:
         try:
-            records = await asyncio.to_thread(self._registry.snapshot)
+            records = await asyncio.to_thread(self._read_records)
         except OSError as error:
             if self._is_reachable:
                 _log.warning("registry unreachable, serving from the last snapshot: %s", error)
             self._is_reachable = False
             return
         self._is_reachable = True
-        self._records = {record.worker_id: record for record in records}
+        self._records = {record.key[0]: record for record in records}
         self.on_read()
 
-    def records(self) -> list[WorkerRecord]:
-        """All known workers, in a stable order."""
-        return sorted(self._records.values(), key=lambda record: record.worker_id)
+    def records(self) -> list[RecordT]:
+        """All that are known, in a stable order: by id."""
+        return [record for _, record in sorted(self._records.items())]
+
+
+class RegistryView(RecordsView[WorkerRecord]):
+    """The workers."""
+
+    def __init__(self, registry: Registry, refresh_s: float) -> None:
+        super().__init__(registry.snapshot, refresh_s)
 
     def ready(self) -> list[WorkerRecord]:
         """Workers that may get new requests, in a stable order."""

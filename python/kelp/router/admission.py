@@ -75,12 +75,14 @@ class Admission:
         Raises:
             CapacityError: The queue is full, the deadline cannot be met, or the last worker that could take it left.
         """
-        wanted = _Wanted(expected.request, avoid, allow_prefill, asyncio.get_running_loop().create_future())
         self.wake()
-        full = self._capacity.full()
-        decision = expected if not _touches(expected, full) else self._elsewhere(wanted, full)
-        if decision is None:
-            return await self._wait(wanted, self._latest_start_s(expected))
+        decision = expected
+        if self._has_full_worker(expected):
+            wanted = _Wanted(expected.request, avoid, allow_prefill, asyncio.get_running_loop().create_future())
+            elsewhere = self._elsewhere(wanted, self._capacity.full())
+            if elsewhere is None:
+                return await self._wait(wanted, self._latest_start_s(expected))
+            decision = elsewhere
         self._ledger.reserve(decision)
         return decision
 
@@ -150,6 +152,12 @@ class Admission:
             return None
         decision = self._selector.select(wanted.request, wanted.avoid | full.workers, wanted.allow_prefill)
         return None if _touches(decision, full) else decision
+
+    def _has_full_worker(self, decision: Decision) -> bool:
+        prefill = decision.prefill
+        return self._capacity.is_full(decision.decode.key) or (
+            prefill is not None and self._capacity.is_full(prefill.key)
+        )
 
     def _watch(self) -> None:
         if self._timer is None:

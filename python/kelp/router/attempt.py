@@ -7,11 +7,15 @@ import logging
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
 
 from kelp.client.base import WorkerAddress, WorkerClient, WorkerOutput, WorkerStream
 from kelp.core.clock import Clock
 from kelp.core.errors import InternalError, KelpError, ProtocolError, WorkerLost
-from kelp.core.messages import Finished, Rendezvous
+from kelp.core.messages import Finished, GenerateCommand, Rendezvous
 from kelp.core.types import HandoffShape, Role
 from kelp.registry.base import WorkerRecord
 from kelp.router.job import Job
@@ -39,58 +43,86 @@ class AttemptParts:
 
 
 class WorkerLeg:
-    """One worker's stream, read by a task of its own.
+    """One worker's part in an attempt: keeps what it says until somebody follows it, then hands it on as it comes.
 
-    A Triton server does not notice when the process behind a model dies: its streams just hang. So a silent stream is
-    given up as soon as the worker's heartbeat stops, or at the idle timeout.
+    Nothing waits in between: outputs pass from the connection's reading to whoever follows. A Triton server does not
+    notice when the process behind a model dies, its streams just hang, and a network may silently part: a silent worker
+    is given up as soon as its heartbeat stops, or at the idle timeout.
     """
 
-    def __init__(self, parts: AttemptParts, record: WorkerRecord, stream: WorkerStream) -> None:
+    def __init__(self, parts: AttemptParts, record: WorkerRecord) -> None:
         self._parts = parts
         self._record = record
-        self._stream = stream
-        self._queue: asyncio.Queue[WorkerOutput | _End] = asyncio.Queue()
+        self._stream: WorkerStream | None = None
+        self._kept: list[WorkerOutput | _End] = []
+        self._on_output: Callable[[WorkerOutput], None] | None = None
         self._loop = asyncio.get_running_loop()
+        self._finished: asyncio.Future[Finished] = self._loop.create_future()
         self._last_heard_s = self._loop.time()
-        self._reading = asyncio.ensure_future(self._read())
         self._timer = self._loop.call_later(_LIVENESS_CHECK_S, self._check_liveness)
 
-    async def next_output(self) -> WorkerOutput | None:
-        """What the worker says next; None at the end.
+    def begin(self, command: GenerateCommand, prompt: npt.NDArray[np.int32]) -> None:
+        """Send the command.
+
+        Raises:
+            WorkerLost: The worker is known to have gone.
+        """
+        record = self._record
+        address = WorkerAddress(record.endpoint, record.model_name, record.direct_endpoint, record.epoch)
+        self._stream = self._parts.client.generate(address, command, prompt, self._receive)
+
+    async def follow(self, on_output: Callable[[WorkerOutput], None]) -> Finished:
+        """Hand everything said on, from the start, until the worker has finished.
 
         Raises:
             KelpError: The worker's own error, or WorkerLost.
         """
-        item = await self._queue.get()
-        if isinstance(item, KelpError):
-            raise item
-        return item
+        self._on_output = on_output
+        kept, self._kept = self._kept, []
+        for item in kept:
+            self._hand_on(item)
+        return await self._finished
 
     def leave(self) -> None:
         """Lose interest; what still runs is cancelled, and read to its end, in the background."""
         self._timer.cancel()
-        self._parts.retire(self._stream)
+        self._finished.cancel()
+        if self._stream is not None and not self._stream.has_ended:
+            self._parts.retire(self._stream)
 
-    async def _read(self) -> None:
-        try:
-            async for output in self._stream:
-                self._last_heard_s = self._loop.time()
-                self._queue.put_nowait(output)
-            self._queue.put_nowait(None)
-        except KelpError as error:
-            self._queue.put_nowait(error)
-        except Exception as error:
-            # Whoever waits for this stream must hear of its end, whatever ended it.
-            _log.exception("reading from worker %s failed", self._record.worker_id)
-            self._queue.put_nowait(InternalError(f"{type(error).__name__}: {error}"))
+    def _receive(self, item: WorkerOutput | _End) -> None:
+        self._last_heard_s = self._loop.time()
+        self._hand_on(item)
+
+    def _hand_on(self, item: WorkerOutput | _End) -> None:
+        if self._on_output is None:
+            self._kept.append(item)
+        elif not self._finished.done():
+            try:
+                self._take(item, self._on_output)
+            except KelpError as error:
+                self._finished.set_exception(error)
+            except Exception as error:
+                # Whoever follows must hear of the end, and the connection's other requests must not.
+                _log.exception("an output of worker %s could not be handled", self._record.worker_id)
+                self._finished.set_exception(InternalError(f"{type(error).__name__}: {error}"))
+
+    def _take(self, item: WorkerOutput | _End, on_output: Callable[[WorkerOutput], None]) -> None:
+        if item is None:
+            raise WorkerLost(f"worker {self._record.worker_id} ended the stream without saying how")
+        if isinstance(item, KelpError):
+            raise item
+        on_output(item)
+        if isinstance(item.event, Finished):
+            self._finished.set_result(item.event)
 
     def _check_liveness(self) -> None:
         silent_s = self._loop.time() - self._last_heard_s
         if silent_s >= _LIVENESS_CHECK_S:
             if not self._parts.view.is_alive(self._record.worker_id, self._record.epoch):
-                self._queue.put_nowait(WorkerLost(f"worker {self._record.worker_id} stopped its heartbeat"))
+                self._hand_on(WorkerLost(f"worker {self._record.worker_id} stopped its heartbeat"))
             elif silent_s >= self._parts.idle_timeout_s:
-                self._queue.put_nowait(WorkerLost(f"worker {self._record.worker_id} was silent for {silent_s:.0f} s"))
+                self._hand_on(WorkerLost(f"worker {self._record.worker_id} was silent for {silent_s:.0f} s"))
         self._timer = self._loop.call_later(_LIVENESS_CHECK_S, self._check_liveness)
 
 
@@ -150,28 +182,33 @@ class Attempt:
         return await self._follow(decode_leg, decode)
 
     def _start(self, record: WorkerRecord, role: Role, rendezvous: Rendezvous | None) -> WorkerLeg:
-        command = self._job.command(role, rendezvous, self._num_generated)
-        address = WorkerAddress(record.endpoint, record.model_name)
-        leg = WorkerLeg(self._parts, record, self._parts.client.generate(address, command, self._prompt))
+        known_blocks = self._placement.decision.known_blocks
+        command = self._job.command(role, rendezvous, self._num_generated, known_blocks)
+        leg = WorkerLeg(self._parts, record)
         self._legs.append(leg)
+        try:
+            leg.begin(command, self._prompt)
+        except KelpError:
+            self.failed_worker = record
+            raise
         self._placement.sent()
         return leg
 
     async def _follow(self, leg: WorkerLeg, record: WorkerRecord) -> Finished:
         try:
-            while (output := await leg.next_output()) is not None:
-                self._note(output, record)
-                self._placement.heard(output)
-                if output.token_ids:
-                    self._job.generated.extend(output.token_ids)
-                    self._job.last_received_ns = self._parts.clock.wall_ns()
-                    self._on_output(output)
-                if isinstance(output.event, Finished):
-                    return output.event
-            raise WorkerLost(f"worker {record.worker_id} ended the stream without saying how")
+            return await leg.follow(partial(self._take, record))
         except KelpError:
             self.failed_worker = record
             raise
+
+    def _take(self, record: WorkerRecord, output: WorkerOutput) -> None:
+        self._note(output, record)
+        if output.token_ids:
+            self._job.generated.extend(output.token_ids)
+            self._job.last_received_ns = self._parts.clock.wall_ns()
+            self._on_output(output)
+        # After the tokens have been passed on: the books can wait, the client's first token cannot.
+        self._placement.heard(output)
 
     def _note(self, output: WorkerOutput, record: WorkerRecord) -> None:
         if record is self._placement.decode:

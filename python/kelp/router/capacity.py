@@ -38,9 +38,14 @@ class Capacity:
         self._load = load
         self._config = config
 
+    def is_full(self, key: WorkerKey) -> bool:
+        """Whether one worker is full now."""
+        slot = self._table.slot(key) if self._config.max_waiting else None
+        return slot is not None and bool(self._is_full(slot))
+
     def full(self) -> Fullness:
         """Workers that are full now."""
-        is_full = self._is_full() if self._config.max_waiting else None
+        is_full = self._is_full(slice(None)) if self._config.max_waiting else None
         if is_full is None or not is_full.any():
             return _NOBODY
         keys = frozenset(self._table.record(slot).key for slot in np.flatnonzero(is_full).tolist())
@@ -57,13 +62,13 @@ class Capacity:
             conditions.append(lambda record: is_pinned(record, request.pinned_worker))
         return any(record.key not in full.workers and all(meets(record) for meets in conditions) for record in records)
 
-    def _is_full(self) -> npt.NDArray[np.bool_]:
+    def _is_full(self, at: slice | int) -> npt.NDArray[np.bool_]:
         config, load, fleet = self._config, self._load, self._fleet
-        busy = load.active + load.foreign
-        pool_tokens = fleet.num_blocks * fleet.block_size
+        busy = load.active[at] + load.foreign[at]
+        pool_tokens = fleet.num_blocks[at] * fleet.block_size[at]
         is_full: npt.NDArray[np.bool_] = (
-            (busy >= config.running_factor * fleet.max_running)
-            | (load.kv_tokens >= config.kv_factor * pool_tokens)
-            | (load.pending_s >= config.prefill_window_s)
+            (busy >= config.running_factor * fleet.max_running[at])
+            | (load.kv_tokens[at] >= config.kv_factor * pool_tokens)
+            | (load.pending_s[at] >= config.prefill_window_s)
         )
         return is_full & (busy > 0)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from kelp.client.base import WorkerOutput
+from kelp.core.errors import InternalError
 from kelp.core.outbox import Lane, Outbox
 from kelp.router.job import Job
 from kelp.router.placement import Placement
@@ -33,7 +34,10 @@ class Conversation:
         self._clock = parts.attempts.clock
         self._jobs = jobs
         self._relay = relay
-        self._lane: Lane[RelayItem] = outbox.lane(relay.flush)
+        self._loop = asyncio.get_running_loop()
+        self._task: asyncio.Task[None] | None = None
+        self._failure: Exception | None = None
+        self._lane: Lane[RelayItem] = outbox.lane(relay.flush, self._note_failure)
         self._runs = [SequenceRun(parts, job, partial(self._pass_on, index)) for index, job in enumerate(jobs)]
         self._has_prompt = asyncio.Event()
         self._sent_last = asyncio.Event()
@@ -42,10 +46,21 @@ class Conversation:
         """Run until the last response has gone out.
 
         Raises:
-            KelpError: No worker could finish one of the sequences; all have been given up.
+            KelpError: No worker could finish one of the sequences, or a response could not be sent; all have been
+                given up.
         """
-        loop = asyncio.get_running_loop()
-        relay, first = self._relay, self._jobs[0]
+        self._task = asyncio.current_task()
+        try:
+            await self._run()
+        except asyncio.CancelledError:
+            if self._failure is None:
+                raise
+            raise InternalError(f"a response could not be sent: {self._failure}") from self._failure
+        finally:
+            self._task = None
+
+    async def _run(self) -> None:
+        loop, relay, first = self._loop, self._relay, self._jobs[0]
         relay.on_first_token = lambda: setattr(first, "first_sent_ns", self._clock.wall_ns())
         relay.on_stop_word = lambda index: loop.call_soon_threadsafe(self._runs[index].stop)
         relay.on_sent_last = lambda: loop.call_soon_threadsafe(self._sent_last.set)
@@ -56,6 +71,15 @@ class Conversation:
             await self._all_sequences()
         await self._sent_last.wait()
         observe(self._metrics, self._jobs, relay.num_responses, self._clock.wall_ns())
+
+    def _note_failure(self, error: Exception) -> None:
+        """Called in the outbox's thread."""
+        self._loop.call_soon_threadsafe(self._fail, error)
+
+    def _fail(self, error: Exception) -> None:
+        if self._task is not None and self._failure is None:
+            self._failure = error
+            self._task.cancel()
 
     async def _all_sequences(self) -> None:
         sequences = [asyncio.ensure_future(self._sequence(index)) for index in range(len(self._jobs))]

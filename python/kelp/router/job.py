@@ -15,6 +15,7 @@ from kelp.core.messages import Finished, GenerateCommand, Progress, Rendezvous, 
 from kelp.core.preprocess_messages import PreparedPrompt
 from kelp.core.types import FinishReason, Role
 from kelp.router.decision.request import RoutingRequest
+from kelp.router.request_ids import sequence_name
 
 
 @dataclass(slots=True)
@@ -22,6 +23,7 @@ class Job:
     """One sequence on its way.
 
     Attributes:
+        tenant_hex: `core.hashing.tenant_digest` of the cache salt, hex.
         routing: What the decision may know, but for the prompt.
         deadline_s: `time.monotonic()` value.
         generated: Tokens received so far, over all attempts.
@@ -38,6 +40,7 @@ class Job:
     deadline_s: float
     arrival_ns: int
     lora_name: str = ""
+    tenant_hex: str = ""
     routing: RoutingRequest = RoutingRequest(0, ())
     generated: list[int] = field(default_factory=list)
     prefill_event: Progress | Finished | None = None
@@ -57,7 +60,8 @@ class Job:
             deadline_s=self.deadline_s,
             arrival_ns=self.arrival_ns,
             lora_name=self.lora_name,
-            routing=replace(self.routing, request_id=f"{self.routing.request_id}-{index}"),
+            tenant_hex=self.tenant_hex,
+            routing=replace(self.routing, request_id=sequence_name(self.routing.request_id, index)),
         )
 
     def routing_request(self) -> RoutingRequest:
@@ -76,8 +80,16 @@ class Job:
             return self.prompt.input_ids
         return np.concatenate([self.prompt.input_ids, np.array(self.generated, dtype=np.int32)])
 
-    def command(self, role: Role, rendezvous: Rendezvous | None, num_generated: int) -> GenerateCommand:
+    def command(
+        self, role: Role, rendezvous: Rendezvous | None, num_generated: int, known_blocks: int | None = None
+    ) -> GenerateCommand:
         """The worker's command.
+
+        Args:
+            role: What it shall do.
+            rendezvous: Where it meets the other worker.
+            num_generated: How much of the prompt is earlier output.
+            known_blocks: Leading blocks of the client's own prompt that the worker has in any tier; None if unknown.
 
         Raises:
             DeadlineExceeded: No time is left.
@@ -92,6 +104,8 @@ class Job:
             remaining_ms=self.remaining_s() * 1e3,
             lora_name=self.lora_name,
             lora_digest=self.prompt.message.lora_digest,
+            lower_tier_blocks=known_blocks if role is not Role.DECODE and not num_generated else None,
+            tenant_hex=self.tenant_hex,
         )
 
     def finish_reason(self, eos_token_ids: frozenset[int]) -> FinishReason | None:

@@ -5,9 +5,19 @@ One object, so that no step is told to one of them and forgotten for another.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from kelp.core.metrics import DECISIONS, PREDICTED_BLOCKS, PROMPT_BLOCKS, TTFT_RATIO, Metrics
+from kelp.core.metrics import (
+    DECISIONS,
+    ONBOARDED_TIER_BLOCKS,
+    PREDICTED_BLOCKS,
+    PREDICTED_TIER_BLOCKS,
+    PROMPT_BLOCKS,
+    TTFT_RATIO,
+    MetricFamily,
+    Metrics,
+)
+from kelp.core.types import Tier
 from kelp.router.decision.selector import Decision, Ended, FirstToken, Selector
 from kelp.router.replicas.loads import OwnLoads
 from kelp.router.replicas.messages import ActiveLoad
@@ -65,6 +75,7 @@ class Ledger:
         request_id = decision.request.request_id
         self._selector.first_token(request_id, told)
         self._own.prefilled(request_id)
+        self._count_tiers(ONBOARDED_TIER_BLOCKS, told.onboarded_blocks)
         if decision.ttft_s > 0.0:
             self._metrics.observe(TTFT_RATIO, seconds / decision.ttft_s)
         self.on_news()
@@ -91,5 +102,10 @@ class Ledger:
         self._metrics.add(DECISIONS, policy=self._policy, way=way)
         self._metrics.add(PROMPT_BLOCKS, len(decision.request.block_hashes))
         if decision.way is not None:
-            choice = decision.way.choices[0]
-            self._metrics.add(PREDICTED_BLOCKS, float(choice.costs.overlap[choice.row]))
+            self._metrics.add(PREDICTED_BLOCKS, decision.way.overlap_blocks)
+            self._count_tiers(PREDICTED_TIER_BLOCKS, decision.way.onboarded_blocks)
+
+    def _count_tiers(self, family: MetricFamily, num_blocks: Sequence[int]) -> None:
+        for tier, count in zip(Tier, num_blocks, strict=False):
+            if count:
+                self._metrics.add(family, count, tier=tier.name.lower())

@@ -104,12 +104,19 @@ def _told(event: Progress | Finished | None) -> FirstToken:
     """Times of one worker, by its own clock; without them the selector learns from its own."""
     if event is None:
         return FirstToken(0, 0.0, 0.0)
-    timings, cached = event.timings, event.usage.cached_tokens
+    timings, usage = event.timings, event.usage
     done_ns = timings.first_token_ns or timings.prefill_done_ns
-    if not (timings.first_scheduled_ns and done_ns):
-        return FirstToken(cached, 0.0, 0.0)
-    queue_ns = timings.first_scheduled_ns - (timings.arrival_ns or timings.first_scheduled_ns)
-    return FirstToken(cached, max(0, queue_ns) / 1e9, max(0, done_ns - timings.first_scheduled_ns) / 1e9)
+    queue_ns = prefill_ns = 0
+    if timings.first_scheduled_ns and done_ns:
+        queue_ns = timings.first_scheduled_ns - (timings.arrival_ns or timings.first_scheduled_ns)
+        prefill_ns = done_ns - max(timings.first_scheduled_ns, timings.onboard_done_ns)
+    return FirstToken(
+        num_cached_tokens=usage.cached_tokens,
+        queue_s=max(0, queue_ns) / 1e9,
+        prefill_s=max(0, prefill_ns) / 1e9,
+        onboarded_blocks=usage.onboarded_tiers,
+        onboard_s=max(0, timings.onboard_done_ns - timings.onboard_start_ns) / 1e9,
+    )
 
 
 class Placer:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
-import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,10 +17,11 @@ from kelp.core.clock import Clock
 from kelp.core.config import RouterConfig
 from kelp.core.errors import DeadlineExceeded, KelpError, NotFound, RequestCancelled
 from kelp.core.exchange import Exchange
+from kelp.core.hashing import tenant_digest
 from kelp.core.messages import SamplingParams
 from kelp.core.metrics import REQUESTS, Metrics
 from kelp.core.outbox import Outbox
-from kelp.core.preprocess_messages import PreparedPrompt
+from kelp.core.preprocess_messages import Prepared, PreparedPrompt
 from kelp.core.request import LlmRequest, parse_request
 from kelp.core.request_limits import RequestLimits, short_repr
 from kelp.core.request_routing import EXPLAIN, read_explained_id
@@ -191,14 +192,14 @@ class RouterService:
 
     async def _run(self, request: LlmRequest, exchange: Exchange, deadline_s: float, arrival_ns: int) -> None:
         prompt = await self._parts.preprocess.prepare(request)
-        sampling = request.sampling.model_copy(update={"bad_words_ids": prompt.message.bad_words_ids})
         first = Job(
-            request_id=uuid.uuid4().hex,
+            request_id=secrets.token_hex(16),
             prompt=prompt,
-            sampling=sampling,
+            sampling=_sampling(request.sampling, prompt.message),
             deadline_s=deadline_s,
             arrival_ns=arrival_ns,
             lora_name=request.lora_name,
+            tenant_hex=tenant_digest(request.cache_salt).hex() if request.cache_salt else "",
         )
         relay = self._relay(request, prompt, exchange)
         with self._ids.named(exchange.request_id()) as name:
@@ -219,6 +220,12 @@ class RouterService:
     def _hidden_ids(self, sampling: SamplingParams) -> frozenset[int]:
         own = frozenset(sampling.stop_token_ids)
         return own if sampling.ignore_eos else own | self._parts.text.eos_token_ids
+
+
+def _sampling(asked: SamplingParams, prepared: Prepared) -> SamplingParams:
+    if not prepared.bad_words_ids:
+        return asked
+    return asked.model_copy(update={"bad_words_ids": prepared.bad_words_ids})
 
 
 def _routing(request: LlmRequest, name: str) -> RoutingRequest:

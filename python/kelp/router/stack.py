@@ -1,4 +1,4 @@
-"""The decision with everything that keeps it informed: workers, index, events, other routers, queue.
+"""The decision with everything that keeps it informed: workers, lower tiers, index, events, other routers, queue.
 
 Puts the parts of this package together for a router that serves requests; knows neither clients nor worker streams.
 """
@@ -6,6 +6,7 @@ Puts the parts of this package together for a router that serves requests; knows
 from __future__ import annotations
 
 import asyncio
+from typing import NamedTuple
 
 from kelp.core.clock import Clock
 from kelp.core.config import KelpConfig
@@ -13,6 +14,7 @@ from kelp.core.metrics import (
     APPROXIMATE_WORKERS,
     INDEX_BYTES,
     KNOWN_ROUTERS,
+    KV_EVENT_MANAGERS,
     KV_EVENT_WORKERS,
     QUEUE_LENGTH,
     STALE_ROUTERS,
@@ -20,22 +22,38 @@ from kelp.core.metrics import (
 )
 from kelp.core.model_identity import adapter_digest
 from kelp.core.wire import encode_message
-from kelp.registry.base import RouterRegistry
-from kelp.registry.view import RegistryView
+from kelp.registry.base import KvManagerRecord, RouterRegistry
+from kelp.registry.view import RecordsView, RegistryView
 from kelp.router.admission import Admission
 from kelp.router.capacity import Capacity
 from kelp.router.decision.selector import Selector, SelectorMode
 from kelp.router.decision.workers import WorkerTable
-from kelp.router.feed.subscriber import EventFeed
+from kelp.router.feed.subscriber import EventFeed, FeedOptions
 from kelp.router.feed.values import SubscriptionState
 from kelp.router.index.kv_index import KVIndex
 from kelp.router.ledger import Ledger
+from kelp.router.lower_tiers import LowerTiers
 from kelp.router.placement import Placer
 from kelp.router.replicas.link import LinkParts, ReplicaLink
 from kelp.router.replicas.loads import OwnLoads, PeerLoads
 from kelp.router.replicas.peer_load import PeerLoad
+from kelp.router.request_ids import meant_by, shown
 
 _REPORT_S = 1.0
+
+
+class Registries(NamedTuple):
+    """Who there is.
+
+    Attributes:
+        workers: Read and kept fresh by the stack,
+        managers: as are these: KV block managers.
+        routers: Where routers find each other.
+    """
+
+    workers: RegistryView
+    managers: RecordsView[KvManagerRecord]
+    routers: RouterRegistry
 
 
 class RoutingStack:
@@ -43,27 +61,25 @@ class RoutingStack:
 
     Args:
         router_id: This router's name among those of the same workers; labels its gauges as well.
-        view: Read and kept fresh here.
-        registry: Where routers find each other.
+        registries: Whom to follow.
 
     Raises:
         ConfigError: A LoRA adapter cannot be read.
 
     Attributes:
         placer: Finds places for requests.
-        selector, table, index, ledger: Its parts, for a router that leaves placing to its callers.
+        selector, table, index, ledger, lower_tiers: Its parts, for a router that leaves placing to its callers.
     """
 
     def __init__(
         self,
         config: KelpConfig,
         router_id: str,
-        view: RegistryView,
-        registry: RouterRegistry,
+        registries: Registries,
         clock: Clock,
         metrics: Metrics,
     ) -> None:
-        self._view = view
+        self._registries = registries
         self._clock = clock
         self._metrics = metrics
         self._router_id = router_id
@@ -73,19 +89,24 @@ class RoutingStack:
         mode = SelectorMode(config.router.policy, config.router.disaggregation)
         self.selector = Selector(table, self.index, routing, clock, clock.wall_ns() % 2**32, mode)
         adapters = {name: adapter_digest(folder) for name, folder in config.model.lora_adapters.items()}
-        self._feed = EventFeed(table, self.index, config.events, metrics, clock, adapters)
+        feeding = FeedOptions(adapters, routing.events_ttl_s)
+        self._feed = EventFeed(table, self.index, config.events, metrics, clock, feeding)
+        lower = self.lower_tiers = LowerTiers(table, self.index, config.events, metrics, clock, routing.events_ttl_s)
         own = OwnLoads(router_id, clock.wall_ns())
         replicas = config.replicas
         peer_load = PeerLoad(table, self.selector.load, self.selector.rates, clock)
         self._peers = PeerLoads(peer_load, replicas.lease_s, replicas.stale_s)
-        self._link = ReplicaLink(LinkParts(own, self._peers, registry, clock, self._explain_here), replicas)
+        self._link = ReplicaLink(LinkParts(own, self._peers, registries.routers, clock, self._explain_here), replicas)
         ledger = self.ledger = Ledger(self.selector, own, config.router.policy, metrics)
         ledger.on_news = self._link.notify
         capacity = Capacity(table, self.selector.fleet, self.selector.load, config.queue)
         self._admission = Admission(self.selector, ledger, capacity, config.queue, clock, metrics)
-        self.placer = Placer(view, self.selector, self._admission, ledger, clock)
+        workers, managers = registries.workers, registries.managers
+        self.placer = Placer(workers, self.selector, self._admission, ledger, clock)
         self.selector.is_stale = lambda: self._peers.num_stale(clock.monotonic_s()) > 0
-        view.on_read = self.placer.update
+        self.selector.knows_all_of = self._knows_all_of
+        workers.on_read = self._update
+        managers.on_read = lambda: lower.set_managers(managers.records())
 
     @property
     def num_approximate(self) -> int:
@@ -95,27 +116,46 @@ class RoutingStack:
 
     async def start(self) -> None:
         """Read the registry and keep reading it; follow the workers' events and the other routers."""
-        await self._view.refresh()
+        workers, managers, _ = self._registries
+        await workers.refresh()
+        await managers.refresh()
         await self._feed.start()
+        await self.lower_tiers.feed.start()
         await self._link.start()
-        self._tasks = [asyncio.ensure_future(loop) for loop in (self._view.run(), self._report())]
+        self._tasks = [asyncio.ensure_future(loop) for loop in (workers.run(), managers.run(), self._report())]
 
     async def stop(self) -> None:
         """Leave the others and stop following."""
         for task in self._tasks:
             task.cancel()
         await self._link.stop()
+        await self.lower_tiers.feed.stop()
         await self._feed.stop()
 
     async def explain(self, request_id: str) -> bytes | None:
         """A decision as JSON, this router's or another one's; None if nobody knows it."""
-        return self._explain_here(request_id) or await self._link.ask_all(request_id)
+        for name in meant_by(request_id):
+            document = self._explain_here(name) or await self._link.ask_all(name)
+            if document is not None:
+                return document
+        return None
 
     def _explain_here(self, request_id: str) -> bytes | None:
         explanation = self.selector.explain(request_id)
         if explanation is None:
             return None
-        return encode_message(explanation.model_copy(update={"router_id": self._router_id}))
+        named = {"request_id": shown(request_id), "router_id": self._router_id}
+        return encode_message(explanation.model_copy(update=named))
+
+    def _update(self) -> None:
+        """The workers' view has been refreshed."""
+        self.placer.update()
+        self.lower_tiers.refresh()
+
+    def _knows_all_of(self, slot: int) -> bool:
+        """Whether nothing that a worker or its block manager holds is missing from the index."""
+        is_live = self._feed.state(slot) is SubscriptionState.LIVE and not self.index.is_truncated(slot)
+        return is_live and self.lower_tiers.is_live(slot)
 
     async def _report(self) -> None:
         metrics, name = self._metrics, self._router_id
@@ -124,6 +164,8 @@ class RoutingStack:
             metrics.set(APPROXIMATE_WORKERS, self.num_approximate, router=name)
             for state, number in self._feed.num_workers().items():
                 metrics.set(KV_EVENT_WORKERS, number, router=name, state=state.value)
+            for state, number in self.lower_tiers.feed.num_workers().items():
+                metrics.set(KV_EVENT_MANAGERS, number, router=name, state=state.value)
             metrics.set(STALE_ROUTERS, self._peers.num_stale(self._clock.monotonic_s()), router=name)
             metrics.set(KNOWN_ROUTERS, self._peers.num_peers, router=name)
             metrics.set(QUEUE_LENGTH, self._admission.num_waiting, router=name)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from kelp.core.exchange import Tensors
 from kelp.core.messages import RequestTimings, RequestUsage
 from kelp.core.metrics import (
     CACHED_TOKENS,
     ITL,
+    ONBOARDED_BLOCKS,
     OUTPUT_TOKENS,
     PHASE,
     PROMPT_TOKENS,
@@ -59,11 +61,17 @@ def summary_tensors(jobs: Sequence[Job], num_output_tokens: int) -> Tensors:
     uint32 = {"num_input_tokens": len(first.prompt.input_ids), "num_output_tokens": num_output_tokens}
     worker_ids = dict.fromkeys(worker_id for job in jobs for worker_id in job.worker_ids)
     return {
-        **{name: np.array([value], dtype=np.int32) for name, value in int32.items()},
-        **{name: np.array([value], dtype=np.int64) for name, value in int64.items()},
-        **{name: np.array([value], dtype=np.uint32) for name, value in uint32.items()},
+        **_scalars(int32, np.int32),
+        **_scalars(int64, np.int64),
+        **_scalars(uint32, np.uint32),
         "worker_ids": np.array([worker_id.encode() for worker_id in worker_ids], dtype=np.object_),
     }
+
+
+def _scalars(values: dict[str, int], dtype: type[np.generic]) -> dict[str, npt.NDArray[np.generic]]:
+    """A tensor for each value; all are views of one array, which is faster made than many."""
+    array = np.array(list(values.values()), dtype=dtype)
+    return {name: array[index : index + 1] for index, name in enumerate(values)}
 
 
 def observe(metrics: Metrics, jobs: Sequence[Job], num_responses: int, now_ns: int) -> None:
@@ -74,6 +82,7 @@ def observe(metrics: Metrics, jobs: Sequence[Job], num_responses: int, now_ns: i
     metrics.add(OUTPUT_TOKENS, sum(len(job.generated) for job in jobs))
     metrics.add(CACHED_TOKENS, prefill_usage.cached_tokens)
     metrics.add(RESPONSES, num_responses)
+    metrics.add(ONBOARDED_BLOCKS, prefill_usage.onboarded_blocks)
     metrics.add(TRANSFERRED_BLOCKS, sum(_decode_usage(job).transferred_blocks for job in jobs))
     if first.first_sent_ns:
         metrics.observe(TTFT, (first.first_sent_ns - first.arrival_ns) / 1e9)

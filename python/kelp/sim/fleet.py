@@ -121,9 +121,10 @@ class FleetSpec:
             dtype="bfloat16",
             model_id="simulated",
         )
-        endpoint = f"worker-{worker:05d}"
+        host = f"worker-{worker:05d}"
+        endpoint = f"{host}:1"
         return WorkerRecord(
-            worker_id=f"{endpoint}/simulated",
+            worker_id=f"{host}/simulated",
             epoch=str(epoch),
             model_name="simulated",
             role=self.role(worker),

@@ -43,9 +43,7 @@ class Replica(Selector):
 def _config(contestant: Contestant) -> RoutingConfig:
     # Affinity is kelp's own; a rival's policy must decide alone, as it would at home.
     affinity = "prefer" if contestant.policy == _OWN_POLICY else "off"
-    return RoutingConfig(
-        policy_parameters=dict(contestant.parameters), session_affinity=affinity, explained_candidates=0
-    )
+    return RoutingConfig(policy_parameters=dict(contestant.parameters), session_affinity=affinity, explained_bytes=0)
 
 
 def routing_of(contestant: Contestant) -> RoutingFactory:

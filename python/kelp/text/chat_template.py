@@ -74,6 +74,12 @@ def _new_environment(clock: Clock) -> ImmutableSandboxedEnvironment:
     return environment
 
 
+def _flat(template: jinja2.Template) -> jinja2.Template:
+    """The same with its globals in one dict: jinja reads them anew for every prompt, and its chain of maps is slow."""
+    template.globals = dict(template.globals)
+    return template
+
+
 def _template_text(folder: Path, settings: Mapping[str, Any]) -> str | None:
     separate_file = folder / "chat_template.jinja"
     if separate_file.is_file():
@@ -107,7 +113,7 @@ class ChatTemplate:
         text = _template_text(folder, settings)
         try:
             environment = _new_environment(clock or SystemClock())
-            self._template = None if text is None else environment.from_string(text)
+            self._template = None if text is None else _flat(environment.from_string(text))
         except jinja2.TemplateError as error:
             raise ConfigError(f"model.path={folder}: chat template: {error}") from None
 

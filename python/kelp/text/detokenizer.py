@@ -46,7 +46,7 @@ class _ByteLevelDetokenizer:
         self._utf8 = _new_utf8_decoder("replace")
 
     def push(self, token_ids: Iterable[int]) -> str:
-        return self._utf8.decode(b"".join(self._tokenizer.piece_bytes(token_id) for token_id in token_ids))
+        return self._utf8.decode(self._tokenizer.text_bytes(token_ids))
 
     def flush(self) -> str:
         return self._utf8.decode(b"", final=True)

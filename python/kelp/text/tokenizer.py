@@ -7,7 +7,7 @@ methods may be called from several threads at once. Knows nothing of requests.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,18 @@ def eos_token_ids(folder: Path) -> tuple[int, ...]:
     return Tokenizer(folder).eos_token_ids if (folder / "tokenizer.json").is_file() else ()
 
 
+class _Spelled(dict[int, bytes]):
+    """Each token's bytes, once they were asked for."""
+
+    def __init__(self, spell: Callable[[int], bytes]) -> None:
+        super().__init__()
+        self._spell = spell
+
+    def __missing__(self, token_id: int) -> bytes:
+        spelled = self[token_id] = self._spell(token_id)
+        return spelled
+
+
 class Tokenizer:
     """The tokenizer of one model folder.
 
@@ -84,7 +96,7 @@ class Tokenizer:
         )
         document = json.loads(self._tokenizer.to_str())
         self._longest_token_bytes = longest_token_bytes(document)
-        self._piece_bytes: dict[int, bytes] = {}
+        self._spelled = _Spelled(self._spell)
         decoders = _decoder_types(document["decoder"])
         self.is_byte_level = bool(decoders) and set(decoders) <= {"ByteLevel", "Fuse"}
         self.has_byte_fallback = "ByteFallback" in decoders
@@ -127,10 +139,11 @@ class Tokenizer:
 
         Added tokens may hold characters outside the alphabet, such as spaces; those are spelled plainly.
         """
-        spelled = self._piece_bytes.get(token_id)
-        if spelled is None:
-            spelled = self._piece_bytes[token_id] = self._spell(token_id)
-        return spelled
+        return self._spelled[token_id]
+
+    def text_bytes(self, token_ids: Iterable[int]) -> bytes:
+        """The bytes that several tokens add."""
+        return b"".join(map(self._spelled.__getitem__, token_ids))
 
     def _spell(self, token_id: int) -> bytes:
         piece = self.piece(token_id)

@@ -9,12 +9,14 @@ prior says, and `is_measured` tells whoever would rather not trust that.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from kelp.timing.model import TimingModel
+from kelp.timing.onboarding import OnboardingRates
 
 Seconds = npt.NDArray[np.float64]
 
@@ -74,6 +76,7 @@ class Rates:
             ]
         )
         self._model = model
+        self._onboarding = OnboardingRates(model)
         self._factors = np.ones(5)
         self._covariance = np.eye(5) * _PRIOR_VARIANCE
         self._num_observed = 0
@@ -144,19 +147,12 @@ class Rates:
         self._num_transfers += 1
 
     def onboard_s(self, blocks: npt.NDArray[np.int32]) -> Seconds:
-        """Onboarding from lower tiers.
+        """Onboarding from lower tiers; see `OnboardingRates.seconds`."""
+        return self._onboarding.seconds(blocks)
 
-        Args:
-            blocks: `[n, num_tiers]`, cumulative as in `router.index.base.Matches`.
-
-        Returns:
-            `[n]`.
-        """
-        per_tier = np.diff(blocks, axis=1)
-        fixed = np.array(self._model.onboard_s[1:])
-        per_block = np.array(self._model.onboard_block_s[1:])
-        seconds: Seconds = per_tier @ per_block + (per_tier > 0) @ fixed
-        return seconds
+    def observe_onboarding(self, num_blocks: Sequence[int], seconds: float) -> None:
+        """An onboarding took that long; see `OnboardingRates.observe`."""
+        self._onboarding.observe(num_blocks, seconds)
 
     def _take_factors(self) -> None:
         """Coefficients as plain floats: they are read far more often than they change."""

@@ -109,7 +109,26 @@ def test_a_stream_that_cannot_be_sent_does_not_stop_the_others(
     assert "the pipe is gone" in caplog.text
 
 
-def test_a_stream_goes_on_after_a_flush_that_failed(outbox: Outbox[int]) -> None:
+def test_a_stream_whose_flush_failed_sends_nothing_more_and_its_owner_hears_why_once(outbox: Outbox[int]) -> None:
+    tried: list[int] = []
+    failures: list[Exception] = []
+
+    def fail(items: list[int]) -> None:
+        tried.extend(items)
+        raise RuntimeError("the pipe is gone")
+
+    lane = outbox.lane(fail, failures.append)
+    lane.put(1)
+    wait_until(lambda: len(failures) == 1)
+    lane.put(2)
+    sent: list[int] = []
+    outbox.lane(sent.extend).put(3)
+    wait_until(lambda: sent == [3])
+    assert tried == [1]
+    assert [str(error) for error in failures] == ["the pipe is gone"]
+
+
+def test_a_stream_without_an_owner_goes_on_after_a_flush_that_failed(outbox: Outbox[int]) -> None:
     tried: list[int] = []
 
     def fail_once(items: list[int]) -> None:

@@ -7,10 +7,11 @@ import logging
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from kelp.core.clock import FakeClock
 from kelp.core.types import Role, WorkerState
-from kelp.registry.base import LayoutRecord, WorkerRecord
+from kelp.registry.base import LayoutRecord, RouterRecord, WorkerRecord
 from kelp.registry.directory import DirectoryRegistry
 
 EXPIRY_S = 5.0
@@ -120,9 +121,21 @@ def test_a_late_withdrawal_does_not_hit_the_next_incarnation(registry: Directory
         json.dumps({**json.loads(record().model_dump_json()), "surprise": 1}).encode(),
         json.dumps({**json.loads(record().model_dump_json()), "heartbeat_ns": -1}).encode(),
         json.dumps({**json.loads(record().model_dump_json()), "role": "emperor"}).encode(),
+        json.dumps({**json.loads(record().model_dump_json()), "events_endpoint": "host"}).encode(),
         b'{"worker_id": "' + b"x" * 5_000_000 + b'"}',
     ],
-    ids=["empty", "binary", "text", "list", "no fields", "unknown field", "negative", "unknown role", "huge"],
+    ids=[
+        "empty",
+        "binary",
+        "text",
+        "list",
+        "no fields",
+        "unknown field",
+        "negative",
+        "unknown role",
+        "no port",
+        "huge",
+    ],
 )
 def test_a_file_that_is_no_record_hides_no_worker(
     registry: DirectoryRegistry, tmp_path: Path, garbage: bytes, caplog: pytest.LogCaptureFixture
@@ -131,8 +144,58 @@ def test_a_file_that_is_no_record_hides_no_worker(
     (tmp_path / "registry" / "garbage.worker.json").write_bytes(garbage)
     with caplog.at_level(logging.WARNING):
         assert names(registry) == ["decode"]
-    assert "garbage.worker.json" in caplog.text
+        assert names(registry) == ["decode"]
+    assert caplog.text.count("garbage.worker.json") == 1, "said once, not at every look"
     assert len(caplog.text) < 2000
+
+
+def test_a_file_that_becomes_another_kind_of_garbage_is_told_of_again(
+    registry: DirectoryRegistry, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    registry.publish(record())
+    for content in (b"not json", b"[]", record().model_dump_json().encode(), b"[]"):
+        (tmp_path / "registry" / "garbage.worker.json").write_bytes(content)
+        registry.snapshot()
+    assert caplog.text.count("garbage.worker.json") == 3
+
+
+def test_a_record_that_cannot_be_read_hides_no_worker(
+    registry: DirectoryRegistry, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    registry.publish(record())
+    (tmp_path / "registry" / "folder.worker.json").mkdir()
+    for _ in range(2):
+        assert names(registry) == ["decode"]
+    assert caplog.text.count("folder.worker.json") == 1
+
+
+ENDPOINTS = ("endpoint", "direct_endpoint", "handoff_endpoint", "events_endpoint", "replay_endpoint")
+BAD_ENDPOINTS = (
+    *("host", "host:", ":1", "host:0", "host:65536", "host:123456", "host:-1", "host:1 ", "ho st:1", "host:1/x"),
+    *("tcp://host:1", "user@host:1", "::1:80", "[::1]", "[::1]:", "[host]:1", "host:1\n", "host:\u0661", "\0:1"),
+)
+
+
+@pytest.mark.parametrize("value", BAD_ENDPOINTS)
+def test_an_endpoint_is_a_host_and_a_port(value: str) -> None:
+    for field in ENDPOINTS:
+        with pytest.raises(ValidationError, match="is not host:port"):
+            record(**{field: value})
+    for field in ("loads_endpoint", "answers_endpoint"):
+        fields = {"router_id": "r", "epoch": 1, "loads_endpoint": "host:1", "answers_endpoint": "host:2", field: value}
+        with pytest.raises(ValidationError, match="is not host:port"):
+            RouterRecord.model_validate(fields)
+
+
+@pytest.mark.parametrize("value", ["host:1", "a.b-c_d:65535", "127.0.0.1:80", "[::1]:80", "[fe80::1%eth0]:80"])
+def test_names_and_addresses_of_both_kinds_are_endpoints(value: str) -> None:
+    assert all(getattr(record(**{field: value}), field) == value for field in ENDPOINTS)
+
+
+def test_only_what_a_worker_may_lack_can_be_empty() -> None:
+    assert record(handoff_endpoint="", events_endpoint="", replay_endpoint="").handoff_endpoint == ""
+    with pytest.raises(ValidationError, match="is not host:port"):
+        record(endpoint="")
 
 
 def test_other_files_are_not_read(registry: DirectoryRegistry, tmp_path: Path) -> None:

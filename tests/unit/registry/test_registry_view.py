@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 
 import pytest
 from test_directory_registry import record
@@ -127,5 +128,61 @@ def test_a_running_view_survives_whoever_fails_on_its_news() -> None:
             await asyncio.sleep(0.001)
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
+
+    asyncio.run(asyncio.wait_for(scene(), 10.0))
+
+
+class SlowRegistry(FakeRegistry):
+    """Answers when it is allowed to."""
+
+    def __init__(self, *records: WorkerRecord) -> None:
+        super().__init__(*records)
+        self.answers = threading.Semaphore(0)
+
+    def snapshot(self) -> list[WorkerRecord]:
+        found = super().snapshot()
+        assert self.answers.acquire(timeout=10.0)
+        return found
+
+
+def test_those_who_ask_while_the_registry_is_being_read_share_the_next_reading() -> None:
+    async def scene() -> None:
+        registry = SlowRegistry(record("a"))
+        view = RegistryView(registry, refresh_s=1000.0)
+        num_told = 0
+
+        def count() -> None:
+            nonlocal num_told
+            num_told += 1
+
+        view.on_read = count
+        asking = [asyncio.ensure_future(view.refresh()) for _ in range(3)]
+        while not registry.num_snapshots:
+            await asyncio.sleep(0.001)
+        registry.records = [record("b")]
+        assert registry.num_snapshots == 1, "never two at once"
+        registry.answers.release(3)
+        await asyncio.gather(*asking)
+        assert (registry.num_snapshots, num_told) == (2, 2)
+        assert [ready.model_name for ready in view.ready()] == ["b"], "as it was when they asked, or later"
+        await view.refresh()
+        assert registry.num_snapshots == 3
+
+    asyncio.run(asyncio.wait_for(scene(), 10.0))
+
+
+def test_whoever_gives_up_waiting_for_the_registry_takes_nobody_along() -> None:
+    async def scene() -> None:
+        registry = SlowRegistry(record("a"))
+        view = RegistryView(registry, refresh_s=1000.0)
+        first, impatient, patient = (asyncio.ensure_future(view.refresh()) for _ in range(3))
+        while not registry.num_snapshots:
+            await asyncio.sleep(0.001)
+        first.cancel()
+        impatient.cancel()
+        await asyncio.wait([first, impatient])
+        registry.answers.release(2)
+        await patient
+        assert [ready.model_name for ready in view.ready()] == ["a"]
 
     asyncio.run(asyncio.wait_for(scene(), 10.0))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from kelp.client.base import WorkerAddress, WorkerOutput
+from kelp.client.base import Receive, WorkerAddress, WorkerOutput
 from kelp.core.cancel_watch import CancelWatch
 from kelp.core.clock import Clock, FakeClock, SystemClock
 from kelp.core.config import RouterConfig, RoutingConfig
@@ -44,6 +44,7 @@ from kelp.router.ledger import Ledger
 from kelp.router.placement import Placement, Placer
 from kelp.router.relay import RelayItem
 from kelp.router.replicas.loads import OwnLoads
+from kelp.router.request_ids import meant_by, shown
 from kelp.router.service import RouterParts, RouterService, StreamCloser
 from kelp.text.stop_words import StopWords
 from support.exchange import FakeExchange, bytes_tensor
@@ -64,7 +65,7 @@ def record(name: str, role: Role = Role.DECODE, **changes: object) -> WorkerReco
         "role": role,
         "state": WorkerState.READY,
         "endpoint": "host:1",
-        "handoff_endpoint": f"host:2-{name}",
+        "handoff_endpoint": f"{name}:2",
         "layout": LAYOUT,
     }
     return WorkerRecord.model_validate({**fields, **changes})
@@ -75,47 +76,59 @@ def prefill_record(name: str = "prefill", **changes: object) -> WorkerRecord:
 
 
 class FakeStream:
-    """One request on one worker; the test is the worker."""
+    """One request on one worker; the test is the worker, and what it says is heard in the loop's next round."""
 
-    def __init__(self, address: WorkerAddress, command: GenerateCommand, prompt: npt.NDArray[np.int32]) -> None:
+    def __init__(
+        self, address: WorkerAddress, command: GenerateCommand, prompt: npt.NDArray[np.int32], receive: Receive
+    ) -> None:
         self.address = address
         self.command = command
         self.prompt = [int(token) for token in prompt]
         self.num_closes = 0
-        self._items: asyncio.Queue[WorkerOutput | Exception | None] = asyncio.Queue()
+        self.num_unheard = 0
+        self._receive = receive
+        self._has_ended = False
+
+    @property
+    def has_ended(self) -> bool:
+        return self._has_ended
 
     @property
     def is_closed(self) -> bool:
-        return self.num_closes > 0
+        """Whether the router has nothing to do here any more."""
+        return self.num_closes > 0 or self._has_ended
 
     @property
     def is_read(self) -> bool:
         """Whether everything said has been taken by the router."""
-        return self._items.empty()
+        return self.num_unheard == 0
 
     def say(self, *token_ids: int, event: Progress | Finished | None = None) -> None:
         """Send tokens; none is a keep-alive. The log-prob of token *t* is -t."""
-        self._items.put_nowait(WorkerOutput(token_ids, tuple(-float(token) for token in token_ids), event))
+        self._tell(WorkerOutput(token_ids, tuple(-float(token) for token in token_ids), event))
 
     def finish(self, reason: FinishReason | None, *token_ids: int, ticket: Rendezvous | None = None) -> None:
         self.say(*token_ids, event=Finished(finish_reason=reason, rendezvous=ticket))
         self.end()
 
-    def fail(self, error: Exception) -> None:
-        self._items.put_nowait(error)
+    def fail(self, error: KelpError) -> None:
+        self._tell(error)
 
     def end(self) -> None:
         """End the stream."""
-        self._items.put_nowait(None)
-
-    async def __aiter__(self) -> AsyncIterator[WorkerOutput]:
-        while (item := await self._items.get()) is not None:
-            if isinstance(item, Exception):
-                raise item
-            yield item
+        self._tell(None)
 
     async def close(self) -> None:
         self.num_closes += 1
+
+    def _tell(self, item: WorkerOutput | KelpError | None) -> None:
+        self.num_unheard += 1
+        asyncio.get_running_loop().call_soon(self._hear, item)
+
+    def _hear(self, item: WorkerOutput | KelpError | None) -> None:
+        self.num_unheard -= 1
+        self._has_ended = self._has_ended or not isinstance(item, WorkerOutput)
+        self._receive(item)
 
 
 class FakeWorkers:
@@ -127,8 +140,10 @@ class FakeWorkers:
         self.arriving: list[WorkerRecord] = []
         self.streams: list[FakeStream] = []
 
-    def generate(self, address: WorkerAddress, command: GenerateCommand, prompt: npt.NDArray[np.int32]) -> FakeStream:
-        stream = FakeStream(address, command, prompt)
+    def generate(
+        self, address: WorkerAddress, command: GenerateCommand, prompt: npt.NDArray[np.int32], receive: Receive
+    ) -> FakeStream:
+        stream = FakeStream(address, command, prompt, receive)
         self.streams.append(stream)
         return stream
 
@@ -236,8 +251,11 @@ class Desk:
     clock: Clock
 
     async def explain(self, request_id: str) -> bytes | None:
-        explanation = self.selector.explain(request_id)
-        return None if explanation is None else encode_message(explanation)
+        for name in meant_by(request_id):
+            explanation = self.selector.explain(name)
+            if explanation is not None:
+                return encode_message(explanation.model_copy(update={"request_id": shown(name)}))
+        return None
 
 
 def open_desk(

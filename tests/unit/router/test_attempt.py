@@ -36,7 +36,7 @@ def test_both_workers_get_the_same_rendezvous_at_once() -> None:
         assert (first.address.model_name, second.address.model_name) == ("prefill", "decode")
         rendezvous = first.command.rendezvous
         assert rendezvous is not None and rendezvous == second.command.rendezvous
-        assert (rendezvous.endpoint, rendezvous.prefill_epoch) == ("host:2-prefill", "epoch of prefill")
+        assert (rendezvous.endpoint, rendezvous.prefill_epoch) == ("prefill:2", "epoch of prefill")
         assert first.prompt == second.prompt
         running.cancel()
 

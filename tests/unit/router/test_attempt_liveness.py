@@ -13,11 +13,12 @@ from kelp.core.messages import Finished
 from kelp.core.types import FinishReason
 
 
-def test_a_reader_that_breaks_ends_the_attempt_at_once() -> None:
+def test_an_output_that_cannot_be_handled_ends_the_attempt_at_once() -> None:
     async def story(trial: Trial, running: asyncio.Task[Finished]) -> None:
-        trial.workers.streams[0].fail(ValueError("not what a stream may raise"))
+        trial.tokens = None  # type: ignore[assignment]
+        trial.workers.streams[0].say(1)
         started_s = asyncio.get_running_loop().time()
-        with pytest.raises(InternalError, match="ValueError: not what a stream may raise"):
+        with pytest.raises(InternalError, match="AttributeError: 'NoneType'"):
             await running
         assert asyncio.get_running_loop().time() - started_s < 1.0
 

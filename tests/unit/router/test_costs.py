@@ -37,6 +37,37 @@ def test_lower_tiers_spare_computation_and_cost_onboarding() -> None:
     assert costs.ttft_s[1] - costs.ttft_s[0] == pytest.approx(costs.onboard_s[1])
 
 
+def test_before_anything_is_measured_all_that_lies_below_is_used() -> None:
+    rig = Rig([worker("a")])
+    rig.index.tiers = {0: (0, 2, 2, 10)}
+    costs = _costs(rig, rig.request(320))
+    assert costs.uncached.tolist() == [160]
+    assert costs.onboarded(0) == (0, 2, 0, 8)
+
+
+def test_a_tier_from_which_blocks_come_slower_than_they_are_computed_is_left_out() -> None:
+    rig = Rig([worker("a"), worker("b"), worker("c")])
+    rig.learn()
+    rig.index.tiers = {0: (10, 40, 40, 41), 1: (0, 0, 60, 60), 2: (5, 5, 5, 5)}
+    for _ in range(8):
+        rig.selector.rates.observe_onboarding((0, 0, 0, 1), 10.0)
+        rig.selector.rates.observe_onboarding((0, 50, 50, 0), 1e-4)
+    costs = _costs(rig, rig.request(16 * 100))
+    assert [costs.onboarded(row) for row in range(3)] == [(0, 30, 0, 0), (0, 0, 60, 0), ()]
+    assert costs.overlap.tolist() == [41, 60, 5]
+    assert costs.uncached.tolist() == [960, 640, 1520]
+    assert costs.onboard_s.max() < 0.1
+
+
+def test_a_worker_that_computes_no_prompt_has_no_use_for_what_lies_below_it() -> None:
+    rig = Rig([worker("p", Role.PREFILL), worker("d", Role.DECODE)])
+    rig.index.tiers = {0: (0, 8, 8, 8), 1: (2, 8, 8, 8)}
+    way = rig.selector.select(rig.request(160)).way
+    assert way is not None
+    assert way.transfer_blocks == 8
+    assert way.onboarded_blocks == (0, 8, 0, 0)
+
+
 def test_the_queue_shrinks_while_its_head_is_computed_but_not_beyond_it() -> None:
     rig = Rig([worker("a")])
     for _ in range(2):

@@ -85,6 +85,23 @@ def test_a_worker_that_leaves_takes_the_counts_along() -> None:
     assert bench.counts(PREFILL.key) == (0, 0, 0, 0)
 
 
+def test_a_worker_that_was_missing_from_one_snapshot_has_its_counts_back() -> None:
+    bench = Bench()
+    bench.peers.peer_added("o|r", SPLIT)
+    bench.peers.peer_added("o|s", ActiveLoad("s", DECODE.key, None, 100, WORK))
+    bench.selector.set_workers([PREFILL])
+    bench.peers.peer_prefilled("o|r")
+    bench.selector.set_workers([DECODE, PREFILL])
+    assert bench.counts(DECODE.key) == (2, 100, 1, 200)
+    assert bench.counts(PREFILL.key) == (0, 0, 0, 0)
+    bench.selector.set_workers([PREFILL])
+    bench.peers.peer_freed("o|s")
+    bench.selector.set_workers([DECODE, PREFILL])
+    assert bench.counts(DECODE.key) == (1, 0, 1, 100)
+    bench.peers.peer_freed("o|r")
+    assert bench.counts(DECODE.key) == (0, 0, 0, 0)
+
+
 def test_a_renewed_request_outlives_the_selectors_lease() -> None:
     bench = Bench()
     bench.peers.peer_added("o|r", ALONE)

@@ -12,16 +12,17 @@ from kelp.core.errors import ConfigError
 from kelp.router.decision.costs import Costs
 from kelp.router.decision.policies.base import lowest
 from kelp.router.decision.policies.catalogue import POLICIES, new_policy
-from kelp.router.decision.request import RoutingRequest
 
 
 def _costs(num_prompt: int = 160, **columns: object) -> Costs:
     """Two idle workers that are alike, but for the columns given."""
-    names = [field for field in Costs.__dataclass_fields__ if field not in ("slots", "request", "overlap_tiers")]
+    names = [
+        field for field in Costs.__dataclass_fields__ if field not in ("slots", "num_prompt_tokens", "overlap_tiers")
+    ]
     fields: dict[str, object] = {name: np.zeros(2) for name in names}
     fields |= {
         "slots": np.arange(2, dtype=np.intp),
-        "request": RoutingRequest(num_prompt, [b"x" * 16] * (num_prompt // 16), "r"),
+        "num_prompt_tokens": float(num_prompt),
         "overlap_tiers": None,
         "is_measured": True,
         "usual_output": 101.0,

@@ -150,6 +150,23 @@ def test_a_silent_router_turns_stale(tmp_path: Path) -> None:
     asyncio.run(scene())
 
 
+def test_a_router_that_fails_on_one_question_answers_the_next(tmp_path: Path) -> None:
+    class Forgetful(Router):
+        def explain(self, request_id: str) -> bytes | None:
+            if request_id == "bad":
+                raise RuntimeError("cannot say")
+            return b"{}"
+
+    async def scene() -> None:
+        one, other = Router("one", tmp_path), Forgetful("other", tmp_path)
+        async with opened(one, other):
+            await until(lambda: one.peers.num_peers == 1, "the two to meet")
+            assert await one.link.ask_all("bad") is None
+            assert await one.link.ask_all("good") == b"{}"
+
+    asyncio.run(scene())
+
+
 class LostRegistry:
     """Cannot be reached."""
 

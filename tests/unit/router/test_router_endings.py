@@ -7,10 +7,11 @@ from collections.abc import Awaitable, Callable
 
 import numpy as np
 import pytest
-from router_rig import RouterRig, open_router
+from router_rig import RouterRig, bytes_tensor, open_router
 from router_scenes import PAIR, STREAM, run, sent, tokens
 
-from kelp.core.errors import DeadlineExceeded, RequestCancelled
+from kelp.core.errors import DeadlineExceeded, InternalError, RequestCancelled
+from kelp.core.exchange import Tensors
 from kelp.core.types import FinishReason
 from support.exchange import FakeExchange
 
@@ -89,6 +90,27 @@ def test_a_router_forgets_a_request_completely(is_answered: bool) -> None:
             else:
                 exchange.cancel()
             await asyncio.gather(request, return_exceptions=True)
+            await rig.all_is_returned()
+
+    run(scene)
+
+
+class TornExchange(FakeExchange):
+    """Its first response is lost on the way."""
+
+    def send(self, outputs: Tensors, is_final: bool = False) -> None:
+        raise ConnectionError("torn")
+
+
+def test_a_response_that_cannot_be_sent_ends_its_request_and_leaves_no_hole() -> None:
+    async def scene() -> None:
+        async with open_router(*PAIR) as rig:
+            exchange = TornExchange({"text_input": bytes_tensor("hello"), **STREAM})
+            request = rig.serve(exchange)
+            prefill = await rig.workers.stream(0)
+            prefill.finish(None, *tokens("a"))
+            with pytest.raises(InternalError, match="a response could not be sent: torn"):
+                await request
             await rig.all_is_returned()
 
     run(scene)

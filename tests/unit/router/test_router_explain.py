@@ -11,7 +11,7 @@ from router_scenes import run, tokens
 
 from kelp.core.errors import InvalidRequest, NotFound
 from kelp.core.types import FinishReason
-from kelp.router.request_ids import RequestIds
+from kelp.router.request_ids import RequestIds, meant_by, sequence_name, shown
 from support.exchange import bytes_tensor
 
 
@@ -98,8 +98,44 @@ def test_of_two_live_requests_with_one_id_each_has_a_name_of_its_own() -> None:
     ids = RequestIds()
     with ids.named("mine") as first, ids.named("mine") as second, ids.named("") as nameless:
         assert first == "mine"
-        assert second.startswith("mine.")
+        assert shown(second).startswith("mine.")
+        assert second in meant_by(shown(second))
         assert nameless not in ("", first, second)
+        with ids.named(shown(second)) as imitation:
+            assert imitation != second
+        assert sequence_name(second, 3) in meant_by(shown(sequence_name(second, 3)))
     with ids.named("mine") as again, ids.named("x" * 1000) as long:
         assert again == "mine"
         assert len(long) == 256
+
+
+@pytest.mark.parametrize("client_id", ["two-1", sequence_name("two", 1), "two\0-1", "two.00000000-1", "two\ud800-1"])
+def test_no_id_of_a_client_is_the_name_of_another_requests_sequence(client_id: str) -> None:
+    ids = RequestIds()
+    with ids.named("two") as two, ids.named(client_id) as other, ids.named("two") as twin:
+        names = {sequence_name(name, index) for name in (two, other, twin) for index in (1, 2)}
+        assert len(names | {two, other, twin}) == 9
+        assert all(name.encode() for name in names)
+
+
+def test_a_request_that_is_named_like_a_sequence_of_another_has_its_own_decision() -> None:
+    async def scene() -> None:
+        async with open_router(record("d1"), record("d2")) as rig:
+            own = rig.serve(exchange("two-1", kelp_worker="d2"))
+            await rig.workers.stream(0)
+            asked = FakeExchange(
+                {"text_input": bytes_tensor("hello"), "num_return_sequences": np.array([2], np.int32)},
+                {"kelp_worker": "d1"},
+                "two",
+            )
+            both = rig.serve(asked)
+            (await rig.workers.stream(1)).finish(FinishReason.LENGTH, *tokens("a"))
+            (await rig.workers.stream(2)).finish(FinishReason.LENGTH, *tokens("b"))
+            await both
+            document = await explained(rig, "two-1")
+            assert (document["request_id"], document["outcome"]["state"]) == ("two-1", "committed")
+            assert rig.num_active == 1
+            (await rig.workers.stream(0)).finish(FinishReason.LENGTH, *tokens("c"))
+            await own
+
+    run(scene)

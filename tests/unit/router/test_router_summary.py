@@ -102,6 +102,7 @@ def test_a_finished_request_is_observed() -> None:
         "kelp_prompt_tokens_total": 4,
         "kelp_output_tokens_total": 3,
         "kelp_cached_tokens_total": 32,
+        "kelp_onboarded_blocks_total": 0,
         "kelp_responses_total": 2,
         "kelp_transferred_blocks_total": 4,
     }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import tracemalloc
+
 import pytest
 
 from kelp.core.types import Role
@@ -44,6 +47,20 @@ def test_overlap_is_told_by_tier_where_lower_tiers_hold_something() -> None:
     rig.index.tiers[0] = (1, 3, 3, 7)
     rig.place()
     assert _explain(rig, "r1").choices[0].candidates[0].overlap_blocks == [1, 3, 3, 7]
+
+
+def test_blocks_brought_up_stand_beside_those_that_were_to_be() -> None:
+    rig = Rig([worker("a"), worker("b")])
+    rig.index.tiers[1] = (1, 3, 3, 7)
+    rig.place(rig.request(pinned_worker="b"))
+    assert _explain(rig, "r1").outcome.onboarded_blocks is None
+    rig.selector.first_token("r1", FirstToken(64, 0.0, 0.1, onboarded_blocks=(0, 2, 0, 1), onboard_s=0.01))
+    explanation = _explain(rig, "r1")
+    assert explanation.predicted_onboarded_blocks == [0, 2, 0, 4]
+    assert explanation.outcome.onboarded_blocks == [0, 2, 0, 1]
+    assert explanation.outcome.onboard_s == 0.01
+    rig.place()
+    assert _explain(rig, "r2").predicted_onboarded_blocks == []
 
 
 def test_what_happened_stands_beside_what_was_predicted() -> None:
@@ -109,10 +126,39 @@ def test_workers_keep_their_names_in_old_decisions() -> None:
 
 
 def test_the_oldest_decisions_are_forgotten_beyond_the_bound() -> None:
-    rig = Rig([worker("a"), worker("b")], explained_candidates=6)
+    rig = Rig([worker("a"), worker("b")], explained_bytes=12_000)
     for _ in range(5):
         rig.place()
     assert [rig.selector.explain(f"r{number}") is not None for number in range(1, 6)] == [False, False] + [True] * 3
+
+
+@pytest.mark.parametrize("tiers", [None, (1, 2, 3, 4)])
+@pytest.mark.parametrize("num_workers", [2, 256])
+def test_what_decisions_take_is_what_they_are_taken_to_take(
+    num_workers: int, tiers: tuple[int, int, int, int] | None
+) -> None:
+    roles = (Role.PREFILL, Role.DECODE)
+    fleet = [worker(f"w{number}", roles[number % 2]) for number in range(num_workers)]
+    forgetful, kept = Rig(fleet, explained_bytes=0), Rig(fleet, explained_bytes=1 << 40)
+    for rig in (forgetful, kept) if tiers else ():
+        rig.index.tiers = dict.fromkeys(range(num_workers), tiers)
+    nothing = _bytes_after(forgetful)
+    measured = _bytes_after(kept) - nothing
+    estimated = kept.selector.num_explained_bytes
+    assert 0.6 * estimated < measured <= estimated
+
+
+def _bytes_after(rig: Rig) -> int:
+    """Memory that requests with long prompts have left behind."""
+    gc.collect()
+    tracemalloc.start()
+    try:
+        for _ in range(100):
+            rig.run(rig.request(16_000))
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
 
 
 def test_explanations_survive_json() -> None:

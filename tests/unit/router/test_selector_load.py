@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 
 from kelp.core.types import Role
+from kelp.registry.base import WorkerRecord
 from kelp.router.decision.selector import Decision, Ended, FirstToken
 from support.selector_rig import Rig, worker
 
@@ -174,3 +175,78 @@ def test_the_same_heartbeat_read_again_changes_nothing() -> None:
         rig.run(rig.request())
     rig.selector.set_workers([record])
     assert rig.selector.load.foreign.tolist() == [2]
+
+
+def _blink(rig: Rig, *others: WorkerRecord) -> None:
+    """The worker `a` is missing from one snapshot."""
+    rig.selector.set_workers(others)
+    assert rig.table.slot(("a", "1")) is None
+    rig.selector.set_workers([*others, worker("a")])
+
+
+def _slot(rig: Rig) -> int:
+    slot = rig.table.slot(("a", "1"))
+    assert slot is not None
+    return slot
+
+
+def test_what_runs_on_a_worker_that_was_missing_from_one_snapshot_still_counts() -> None:
+    rig = Rig([worker("a"), worker("b")])
+    for _ in range(3):
+        rig.place(rig.request(pinned_worker="a"))
+    rig.selector.first_token("r1", TOLD)
+    before = rig.loads()[:, _slot(rig)]
+    assert before.any()
+    # Somebody else gets the slot meanwhile.
+    rig.selector.set_workers([worker("b"), worker("c")])
+    _blink(rig, worker("b"), worker("c"))
+    assert rig.loads()[:, _slot(rig)].tolist() == before.tolist()
+    for number in (1, 2, 3):
+        rig.selector.first_token(f"r{number}", TOLD)
+        rig.selector.free(f"r{number}", Ended(True, 20, 0.1))
+    assert not rig.loads().any()
+
+
+def test_what_happens_while_a_worker_is_missing_is_true_when_it_returns() -> None:
+    rig = Rig([worker("a"), worker("b")])
+    for _ in range(3):
+        rig.place(rig.request(pinned_worker="a"))
+    rig.selector.set_workers([worker("b")])
+    rig.selector.first_token("r1", TOLD)
+    rig.selector.progress("r1", 5)
+    rig.selector.free("r2", Ended(False))
+    rig.selector.set_workers([worker("a"), worker("b")])
+    load, slot = rig.selector.load, _slot(rig)
+    assert (load.active[slot], load.num_pending[slot], load.pending_tokens[slot]) == (2, 1, 160)
+    assert (load.num_decoding[slot], load.context_tokens[slot], load.kv_tokens[slot]) == (1, 165, 325)
+
+
+def test_a_reservation_lapses_on_a_worker_that_is_missing_as_anywhere() -> None:
+    rig = Rig([worker("a"), worker("b")], reservation_ttl_s=5)
+    rig.selector.reserve(rig.selector.select(rig.request(pinned_worker="a")))
+    rig.selector.set_workers([worker("b")])
+    rig.clock.advance(5.1)
+    rig.selector.select(rig.request())
+    rig.selector.set_workers([worker("a"), worker("b")])
+    assert not rig.loads().any()
+    assert not rig.selector.entries("r1")
+
+
+def test_a_lease_ends_on_a_worker_that_never_returns() -> None:
+    rig = Rig([worker("a"), worker("b")], lease_ttl_s=100)
+    rig.place(rig.request(pinned_worker="a"))
+    rig.selector.set_workers([worker("b")])
+    rig.clock.advance(150)
+    rig.selector.select(rig.request())
+    assert not rig.selector.entries("r1")
+
+
+def test_nothing_is_learned_from_a_request_whose_worker_was_missing_while_it_generated() -> None:
+    rig = Rig([worker("a"), worker("b")])
+    rig.learn()
+    rig.place(rig.request(request_id="long", pinned_worker="a"))
+    rig.selector.first_token("long", TOLD)
+    _blink(rig, worker("b"))
+    before = rig.selector.rates.slowness.tolist()
+    rig.selector.free("long", Ended(True, 100, 1e6))
+    assert rig.selector.rates.slowness.tolist() == before

@@ -24,7 +24,7 @@ from kelp.core.types import Role, Tier, WorkerState
 from kelp.kv.events import EventPublisher
 from kelp.registry.base import LayoutRecord, WorkerRecord
 from kelp.router.decision.workers import WorkerTable
-from kelp.router.feed.subscriber import EventFeed
+from kelp.router.feed.subscriber import EventFeed, FeedOptions
 from kelp.router.feed.values import SubscriptionState
 from kelp.router.index.kv_index import KVIndex
 from support.event_doubles import ForeignEngine, SetIndex, digest16
@@ -83,9 +83,10 @@ class FeedRig:
 
 
 @contextlib.asynccontextmanager
-async def feeding(config: EventsConfig = CONFIG) -> AsyncIterator[FeedRig]:
+async def feeding(config: EventsConfig = CONFIG, ttl_s: float = 60.0) -> AsyncIterator[FeedRig]:
     table, index, metrics = WorkerTable(), SetIndex(), Metrics()
-    feed = EventFeed(table, index, config, metrics, SystemClock())  # type: ignore[arg-type]
+    options = FeedOptions(ttl_s=ttl_s)
+    feed = EventFeed(table, index, config, metrics, SystemClock(), options)  # type: ignore[arg-type]
     await feed.start()
     try:
         yield FeedRig(table, index, metrics, feed)
@@ -191,6 +192,33 @@ def test_a_publisher_that_goes_silent_is_noticed_and_its_next_incarnation_follow
     asyncio.run(scenario())
 
 
+def test_blocks_of_a_worker_whose_publisher_has_died_are_forgotten_until_there_is_one_again() -> None:
+    impatient = EventsConfig.model_validate({**CONFIG.model_dump(), "request_timeout_s": 0.1, "max_backoff_s": 0.1})
+
+    async def scenario() -> None:
+        async with feeding(impatient, ttl_s=0.5) as rig:
+            with publishing() as publisher:
+                store(publisher, 1, 2)
+                addressed = record_of(publisher)
+                rig.table.update([addressed])
+                await rig.holds(1, 2)
+            await rig.holds()
+            await rig.is_in(SubscriptionState.APPROXIMATE)
+            rig.index.apply(0, BlocksStored((digest16(9),), None))
+            ports = [
+                int(endpoint.rpartition(":")[2]) for endpoint in (addressed.events_endpoint, addressed.replay_endpoint)
+            ]
+            with publishing(port=ports[0], replay_port=ports[1]) as again:
+                store(again, 3)
+                await rig.holds(3)
+                await rig.is_in(SubscriptionState.LIVE)
+            rig.table.update([])
+            counters, _, _ = rig.metrics.take()
+            assert counters[KV_EVENT_RECOVERIES, (("kind", "lost"),)] == 1
+
+    asyncio.run(scenario())
+
+
 def test_workers_that_do_not_publish_are_approximate() -> None:
     async def scenario() -> None:
         with publishing() as publisher:
@@ -248,7 +276,8 @@ def test_a_worker_with_an_impossible_address_is_approximate_and_keeps_nobody_els
         with publishing() as publisher:
             store(publisher, 1, 2)
             async with feeding() as rig:
-                rig.table.update([record("a", events="no address"), record_of(publisher, "b")])
+                impossible = record("a").model_copy(update={"events_endpoint": "no address"})
+                rig.table.update([impossible, record_of(publisher, "b")])
                 slot = rig.table.slot(("b", "e"))
                 assert slot is not None
                 await rig.holds(1, 2, slot=slot)

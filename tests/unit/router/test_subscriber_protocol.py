@@ -16,11 +16,13 @@ from kelp.router.feed.values import (
     AskSnapshot,
     Batch,
     Forget,
+    Phase,
     SubscriptionState,
 )
 from support.event_doubles import digest16
 
 CONFIG = EventsConfig(max_buffered_batches=16)
+TTL_S = 30.0
 WHOLE = SnapshotExtension(0, True)
 
 
@@ -169,8 +171,7 @@ def test_a_request_without_an_answer_is_repeated_with_longer_waits() -> None:
     now_s, asked_s = 0.0, [0.0]
     while len(asked_s) < 9:
         now_s += 0.05
-        if subscription.on_tick(now_s):
-            asked_s.append(now_s)
+        asked_s += [now_s for action in subscription.on_tick(now_s) if isinstance(action, AskSnapshot)]
     waits = [later - earlier - CONFIG.request_timeout_s for earlier, later in zip(asked_s, asked_s[1:], strict=False)]
     assert waits == pytest.approx([0.25, 0.5, 1, 2, 4, 8, 10, 10], abs=0.11)
 
@@ -183,6 +184,122 @@ def test_a_silent_kelp_worker_is_asked_after_three_digest_intervals() -> None:
     assert subscription.state is SubscriptionState.LIVE
     subscription.on_tick(13.0 + CONFIG.request_timeout_s)
     assert subscription.state is SubscriptionState.RECOVERING
+
+
+def silent(subscription: Subscription, from_s: float, until_s: float) -> list[tuple[float, Action]]:
+    """What is asked and done while nobody answers; in tenths of seconds, so that sums are exact."""
+    done = []
+    for tenth in range(int(from_s * 10), int(until_s * 10)):
+        done += [(tenth / 10, action) for action in subscription.on_tick(tenth / 10)]
+    return done
+
+
+def next_request(subscription: Subscription, now_s: float) -> tuple[float, AskReplay | AskSnapshot]:
+    """When and what is asked next."""
+    while True:
+        now_s += 0.1
+        for action in subscription.on_tick(now_s):
+            if isinstance(action, (AskReplay, AskSnapshot)):
+                return now_s, action
+
+
+def forgotten(done: list[tuple[float, Action]]) -> list[float]:
+    return [now_s for now_s, action in done if action == Forget()]
+
+
+def test_a_worker_that_stays_silent_is_forgotten_once_and_asked_on() -> None:
+    subscription = live()
+    subscription.on_digest(0, digest_of().tiers(), 1.0, 10.0)
+    done = silent(subscription, 10.0, 200.0)
+    assert forgotten(done) == [10.0 + TTL_S]
+    assert subscription.state is SubscriptionState.APPROXIMATE
+    assert subscription.counts.by_kind()["lost"] == 1
+    assert len([now_s for now_s, action in done if now_s > 100.0 and isinstance(action, AskSnapshot)]) > 3
+    assert all(isinstance(action, AskSnapshot) for now_s, action in done if now_s > 10.0 + TTL_S)
+
+
+def test_a_worker_that_answers_again_is_known_again_by_a_snapshot() -> None:
+    subscription = live()
+    done = silent(subscription, 0.0, 100.0)
+    assert forgotten(done) == [TTL_S]
+    now_s, asked = next_request(subscription, 100.0)
+    actions = subscription.on_part(asked.attempt, 7, WHOLE, stored(1), now_s)
+    assert (actions[0], applied(actions)) == (Forget(), [*stored(1)])
+    assert subscription.state is SubscriptionState.LIVE
+    assert applied(subscription.on_batch(own(8), now_s)) == [*stored(8)]
+    assert forgotten(silent(subscription, now_s, 200.0)) != [], "and lost again if it falls silent again"
+    assert subscription.counts.by_kind()["lost"] == 2
+
+
+def test_a_lost_worker_that_speaks_is_asked_at_once() -> None:
+    for speak in (
+        lambda subscription: subscription.on_batch(own(5), 101.0),
+        lambda subscription: subscription.on_digest(5, digest_of().tiers(), 1.0, 101.0),
+    ):
+        subscription = live()
+        now_s = 100.0
+        silent(subscription, 0.0, now_s)
+        while subscription.on_tick(now_s) or subscription._phase is not Phase.WAIT:
+            now_s += 0.1
+        subscription._alarm_s = 1000.0
+        (asked,) = speak(subscription)
+        assert isinstance(asked, AskSnapshot)
+        assert subscription.state is SubscriptionState.APPROXIMATE, "until it has answered"
+
+
+def test_a_worker_that_is_never_reached_is_guessed_from_then_on() -> None:
+    subscription = Subscription(CONFIG, can_ask=True, ttl_s=TTL_S)
+    subscription.start(0.0)
+    assert forgotten(silent(subscription, 0.0, 100.0)) == [TTL_S]
+    assert subscription.state is SubscriptionState.APPROXIMATE
+
+
+def test_a_worker_that_speaks_but_never_fills_the_gap_is_forgotten_as_well() -> None:
+    subscription = live()
+    subscription.on_batch(own(2), 0.0)
+    done: list[Action] = []
+    for tenth in range(int(10 * TTL_S) + 1):
+        done += subscription.on_batch(own(3 + tenth), tenth / 10)
+        done += subscription.on_tick(tenth / 10)
+    assert done.count(Forget()) == 1
+    assert subscription.state is SubscriptionState.APPROXIMATE
+
+
+def test_a_worker_that_answers_now_and_then_is_not_forgotten() -> None:
+    subscription = live()
+    now_s, asked = 0.0, None
+    for _ in range(20):
+        while asked is None:
+            now_s += 1.0
+            actions = subscription.on_tick(now_s)
+            assert Forget() not in actions
+            asked = actions[0] if actions else None
+        subscription.on_end(asked.attempt, now_s)  # type: ignore[union-attr]
+        asked = None
+    assert now_s > 3 * TTL_S
+    assert subscription.state is SubscriptionState.LIVE
+
+
+def test_a_silent_engine_without_snapshots_is_forgotten_and_followed_from_its_start_when_it_answers() -> None:
+    subscription = followed()
+    assert forgotten(silent(subscription, 0.0, 100.0)) == [TTL_S]
+    assert subscription.state is SubscriptionState.APPROXIMATE
+    now_s, asked = next_request(subscription, 100.0)
+    subscription.on_end(asked.attempt, now_s)
+    assert subscription.state is SubscriptionState.APPROXIMATE, "what came before is missing"
+    now_s, asked = next_request(subscription, now_s)
+    assert isinstance(asked, AskReplay) and asked.start_seq == 0
+    assert applied(subscription.on_replayed(asked.attempt, foreign(0), now_s))
+    assert subscription.on_end(asked.attempt, now_s) == []
+    assert subscription.state is SubscriptionState.LIVE
+
+
+def test_a_quiet_engine_that_cannot_be_asked_is_believed() -> None:
+    subscription = Subscription(CONFIG, can_ask=False, ttl_s=TTL_S)
+    subscription.start(0.0)
+    subscription.on_batch(foreign(0), 0.0)
+    assert silent(subscription, 0.0, 100.0) == []
+    assert subscription.state is SubscriptionState.LIVE
 
 
 def test_an_engine_without_snapshots_is_followed_from_its_first_batch() -> None:

@@ -10,9 +10,9 @@ from kelp.core.clock import FakeClock
 from kelp.core.config import RoutingConfig
 from kelp.core.metrics import Metrics
 from kelp.core.types import Role, WorkerState
-from kelp.registry.base import LayoutRecord, WorkerRecord
-from kelp.registry.memory import MemoryRegistry
-from kelp.router.api.messages import Dump
+from kelp.registry.base import KvManagerRecord, LayoutRecord, WorkerRecord
+from kelp.registry.memory import MemoryRecords, MemoryRegistry
+from kelp.router.api.messages import Dump, ManagerView
 from kelp.router.api.operations import ApiParts, Operations
 from kelp.router.api.reservations import Reservations
 from kelp.router.decision.selector import Selector, SelectorMode
@@ -49,6 +49,8 @@ class ApiRig:
     index: KVIndex
     clock: FakeClock
     registry: MemoryRegistry
+    reservations: Reservations
+    told: OwnLoads
 
     def call(self, name: str, **document: Any) -> dict[str, Any]:
         return dict(json.loads(self.operations.call(name, json.dumps(document).encode())))
@@ -58,20 +60,31 @@ class ApiRig:
             self.call("register", worker=record.model_dump(mode="json"))
 
 
+def _view(record: KvManagerRecord) -> ManagerView:
+    return ManagerView(
+        manager_id=record.manager_id, epoch=record.epoch, host=record.host, endpoint=record.endpoint, events="live"
+    )
+
+
 def api_rig() -> ApiRig:
     clock = FakeClock()
     table = WorkerTable()
     index = KVIndex(clock)
     selector = Selector(table, index, RoutingConfig(), clock, seed=1, mode=SelectorMode("kelp", "auto"))
     registry = MemoryRegistry(EXPIRY_S, clock)
-    ledger = Ledger(selector, OwnLoads("here", 1), "kelp", Metrics())
+    managers: MemoryRecords[KvManagerRecord] = MemoryRecords(EXPIRY_S, clock)
+    told = OwnLoads("here", 1)
+    ledger = Ledger(selector, told, "kelp", Metrics())
+    reservations = Reservations(ledger, clock, RoutingConfig().reservation_ttl_s, RoutingConfig().lease_ttl_s)
     parts = ApiParts(
         selector=selector,
         table=table,
-        reservations=Reservations(ledger, clock, RoutingConfig().reservation_ttl_s, RoutingConfig().lease_ttl_s),
+        reservations=reservations,
         registry=registry,
+        managers=managers,
+        view_managers=lambda: tuple(map(_view, managers.snapshot())),
         refresh=lambda: selector.set_workers(registry.snapshot()),
         dump=lambda _: Dump(requests=(), index={}, num_blocks={}),
         clock=clock,
     )
-    return ApiRig(Operations(parts), selector, table, index, clock, registry)
+    return ApiRig(Operations(parts), selector, table, index, clock, registry, reservations, told)

@@ -9,6 +9,8 @@ from kelp.core.config import RoutingConfig
 from kelp.core.errors import CapacityError, InvalidRequest, NotFound
 from kelp.core.hashing import seed_hash, sequence_hashes
 from kelp.core.kv_events import BlocksStored
+from kelp.core.types import Tier
+from kelp.router.index.sharing import shared_slot
 
 PROMPT = list(range(5 * BLOCK_SIZE))
 
@@ -117,6 +119,49 @@ def test_a_withdrawn_worker_is_gone_at_once(rig: ApiRig) -> None:
     assert not rig.call("withdraw", worker_id="host:1/one", epoch="epoch of one")["is_known"]
 
 
+MANAGER = {
+    "manager_id": "host:1/kv_block_manager",
+    "epoch": "1",
+    "host": "here",
+    "endpoint": "host:1",
+    "model_name": "kv_block_manager",
+}
+
+
+def test_block_managers_register_expire_and_leave_like_workers(rig: ApiRig) -> None:
+    rig.register(worker("three", kv_manager_id=MANAGER["manager_id"]))
+    views = rig.call("workers")
+    assert {view["worker_id"]: view["kv_manager_id"] for view in views["workers"]}["host:1/three"]
+    assert views["managers"] == []
+    rig.call("register_manager", manager=MANAGER)
+    (view,) = rig.call("workers")["managers"]
+    assert (view["manager_id"], view["epoch"], view["host"]) == ("host:1/kv_block_manager", "1", "here")
+    rig.clock.advance(EXPIRY_S)
+    assert rig.call("workers")["managers"] == []
+    rig.call("register_manager", manager=MANAGER)
+    leaving = {"manager_id": MANAGER["manager_id"], "epoch": MANAGER["epoch"]}
+    assert rig.call("withdraw_manager", **leaving) == {"is_known": True}
+    assert rig.call("withdraw_manager", **leaving) == {"is_known": False}
+
+
+def test_what_lies_below_the_chosen_worker_is_told_and_what_came_of_it_explained(rig: ApiRig) -> None:
+    hashes = tuple(sequence_hashes(PROMPT, BLOCK_SIZE, seed_hash("m")))
+    slot = rig.table.slot(worker("two").key)
+    assert slot is not None
+    rig.index.share(slot, shared_slot(0))
+    rig.index.apply(shared_slot(0), BlocksStored(hashes, None, Tier.HOST))
+    assert rig.call("select", request_id="r", token_ids=PROMPT)["known_blocks"] is None
+    rig.selector.knows_all_of = lambda _: True
+    chosen = rig.call("select", request_id="s", token_ids=PROMPT, reserve=True)
+    assert (chosen["decode"]["model_name"], chosen["known_blocks"]) == ("two", 5)
+    rig.call("first_token", request_id="s", onboarded_blocks=[0, 4], onboard_s=0.5)
+    explanation = rig.call("explain", request_id="s")
+    overlaps = {each["worker_id"]: each["overlap_blocks"] for each in explanation["choices"][0]["candidates"]}
+    assert overlaps == {"host:1/one": [0, 0, 0, 0], "host:1/two": [0, 5, 5, 5]}
+    assert explanation["predicted_onboarded_blocks"] == [0, 5, 0, 0]
+    assert (explanation["outcome"]["onboarded_blocks"], explanation["outcome"]["onboard_s"]) == ([0, 4], 0.5)
+
+
 def test_without_workers_the_answer_is_overloaded() -> None:
     with pytest.raises(CapacityError, match="no decode worker"):
         api_rig().call("select", request_id="r", token_ids=PROMPT)
@@ -158,3 +203,52 @@ def test_an_unknown_operation_and_an_unknown_request_are_not_found(rig: ApiRig) 
 
 
 LAYOUT_OF_ANOTHER_MODEL = worker("x").layout.model_copy(update={"model_id": "n"})
+
+
+@pytest.mark.parametrize("operation", ["select", "explain", "free"])
+@pytest.mark.parametrize("request_id", ["\0other|r", "mine\x1f-1", "a\x7fb"])
+def test_a_name_with_the_marks_of_routers_own_names_is_refused(operation: str, request_id: str) -> None:
+    rig = api_rig()
+    rig.register(worker("a"))
+    extra = {"num_prompt_tokens": 4} if operation == "select" else {}
+    with pytest.raises(InvalidRequest, match="request_id"):
+        rig.call(operation, request_id=request_id, **extra)
+
+
+def test_what_callers_forget_is_freed_though_nobody_calls_any_more(rig: ApiRig) -> None:
+    rig.call("select", request_id="reserved", token_ids=PROMPT, reserve=True)
+    rig.call("select", request_id="sent", token_ids=PROMPT, reserve=True)
+    rig.call("commit", request_id="sent")
+    rig.clock.advance(RoutingConfig().reservation_ttl_s)
+    rig.operations.sweep()
+    assert rig.selector.load.active.sum() == 1
+    rig.clock.advance(RoutingConfig().lease_ttl_s)
+    rig.operations.sweep()
+    assert not rig.selector.load.active.any()
+    assert rig.told.snapshot().loads == (), "nor do other routers count it"
+
+
+def test_a_selection_that_nobody_reserves_is_forgotten_in_time(rig: ApiRig) -> None:
+    rig.call("select", request_id="r", token_ids=PROMPT)
+    rig.clock.advance(119.0)
+    rig.operations.sweep()
+    assert rig.call("reserve", request_id="r")["is_known"]
+    rig.call("select", request_id="s", token_ids=PROMPT)
+    rig.clock.advance(120.0)
+    rig.operations.sweep()
+    with pytest.raises(NotFound):
+        rig.call("reserve", request_id="s")
+
+
+def test_selections_that_wait_keep_neither_candidates_nor_more_blocks_than_allowed(
+    rig: ApiRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kelp.router.api.reservations._MAX_SELECTED_BLOCKS", 12)
+    for name in ("first", "second", "second", "third"):
+        rig.call("select", request_id=name, token_ids=PROMPT)
+    waiting = rig.reservations._selected
+    assert list(waiting) == ["second", "third"], "five blocks each"
+    assert all(held.decision.way is not None and not held.decision.way.choices for held in waiting.values())
+    assert rig.call("reserve", request_id="second")["is_known"]
+    rig.call("select", request_id="fourth", token_ids=PROMPT)
+    assert list(waiting) == ["third", "fourth"]

@@ -20,6 +20,7 @@ from kelp.router.api.auth import read_token
 from kelp.router.api.exposition import Exposition
 from kelp.router.api.rpc import SERVICE, rpc_name
 from kelp.router.api.server import ListenOptions, Ports, RouterServer
+from support.waiting import until
 
 TOKEN = "a token of twenty-five characters"
 
@@ -42,7 +43,7 @@ def serve(use: Callable[[Ports], Awaitable[None]], token: str | None = TOKEN, ri
         metrics = Metrics()
         metrics.add(REQUESTS, 2, outcome="ok")
         background = Idle()
-        server = RouterServer((rig or api_rig()).operations, background, Exposition(metrics))
+        server = RouterServer((rig or api_rig()).operations, background, Exposition(metrics), period_s=0.01)
         stopping, ready = asyncio.Event(), asyncio.get_running_loop().create_future()
         serving = asyncio.ensure_future(server.run(ListenOptions("127.0.0.1", 0, 0, token), ready.set_result, stopping))
         try:
@@ -168,3 +169,16 @@ def test_a_token_file_must_hold_a_long_enough_token(tmp_path: Any) -> None:
         read_token(path)
     path.write_text(f"{TOKEN}\n")
     assert read_token(path) == TOKEN
+
+
+def test_an_idle_server_frees_what_its_callers_have_forgotten() -> None:
+    rig = api_rig()
+    rig.register(worker("one"))
+
+    async def use(ports: Ports) -> None:
+        await post(ports.http, "select", request_id="r", token_ids=[1, 2, 3, 4], reserve=True)
+        assert rig.selector.load.active.any()
+        rig.clock.advance(3600.0)
+        await until(lambda: not rig.selector.load.active.any(), "the reservation to lapse")
+
+    serve(use, rig=rig)

@@ -7,8 +7,9 @@ from index_names import depths, names
 
 from kelp.core.clock import FakeClock
 from kelp.core.kv_events import BlocksCleared, BlocksStored
-from kelp.core.types import SequenceHash
+from kelp.core.types import SequenceHash, Tier
 from kelp.router.index.kv_index import MIN_BYTES, KVIndex
+from kelp.router.index.sharing import shared_slot
 
 
 def _fresh(first, count):
@@ -48,8 +49,17 @@ def _fill_expected(index):
         index.expect(number % 64, _fresh(number * 4, 4))
 
 
+def _fill_below(index):
+    for slot in range(64):
+        index.share(slot, shared_slot(slot // 8))
+    for number in range(500):
+        index.apply(shared_slot(number % 8), BlocksStored(_fresh(number * 50, 50), None, Tier.HOST))
+        index.apply(number % 64, BlocksStored(_fresh(number * 50, 50), None))
+        index.match(_fresh(number * 50, 50))
+
+
 def test_the_estimate_is_near_what_the_allocator_says_and_not_below_it():
-    for fill in (_fill_long, _fill_short, _fill_shared, _fill_expected):
+    for fill in (_fill_long, _fill_short, _fill_shared, _fill_expected, _fill_below):
         traced, said, _ = _traced(fill)
         assert traced <= said * 1.05, fill.__name__
         assert said <= traced * 2.5 + 20_000, fill.__name__

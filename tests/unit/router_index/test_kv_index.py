@@ -9,6 +9,7 @@ from kelp.core.kv_events import BlocksCleared, BlocksRemoved, BlocksStored
 from kelp.core.types import Tier
 from kelp.router.index import kv_index
 from kelp.router.index.kv_index import KVIndex
+from kelp.router.index.sharing import shared_slot
 
 _A = names(600)
 
@@ -67,6 +68,41 @@ def test_tiers_count_with_the_faster_ones(index):
     assert rows(index.match(_A))[0] == (10, 20, 20, 40, 0)
     index.apply(0, BlocksRemoved(_A[:10]))
     assert rows(index.match(_A)) == {1: (0, 0, 5, 5, 0)}
+
+
+def test_blocks_of_a_manager_count_for_each_of_its_workers_and_fill_the_gaps_of_their_own(index):
+    manager, other = shared_slot(0), shared_slot(1)
+    for slot, holder in ((0, manager), (1, manager), (2, other), (3, None)):
+        index.share(slot, holder)
+    index.apply(0, BlocksStored(_A[:10], None))
+    index.apply(2, BlocksStored(_A[:10], None))
+    index.apply(manager, BlocksStored(_A[5:30], _A[4], Tier.HOST))
+    index.apply(manager, BlocksStored(_A[30:50], _A[29], Tier.DISK))
+    assert rows(index.match(_A)) == {0: (10, 30, 50, 50, 0), 2: (10, 10, 10, 10, 0)}
+    index.apply(manager, BlocksStored(_A[:5], None, Tier.OBJECT))
+    assert rows(index.match(_A)) == {0: (10, 30, 50, 50, 0), 1: (0, 0, 0, 50, 0), 2: (10, 10, 10, 10, 0)}
+    index.apply(0, BlocksRemoved(_A[2:4]))
+    assert rows(index.match(_A))[0] == (2, 2, 2, 50, 0)
+
+
+def test_a_worker_has_its_managers_blocks_only_while_it_is_its_worker(index):
+    index.apply(shared_slot(0), BlocksStored(_A[:10], None, Tier.HOST))
+    index.apply(shared_slot(1), BlocksStored(_A[:20], None, Tier.HOST))
+    assert rows(index.match(_A)) == {}
+    index.share(7, shared_slot(0))
+    assert rows(index.match(_A)) == {7: (0, 10, 10, 10, 0)}
+    index.share(7, shared_slot(1))
+    assert rows(index.match(_A)) == {7: (0, 20, 20, 20, 0)}
+    index.share(7, None)
+    assert rows(index.match(_A)) == {}
+
+
+def test_a_manager_that_claims_device_blocks_is_nobodys_device(index):
+    index.share(0, shared_slot(0))
+    index.apply(shared_slot(0), BlocksStored(_A[:10], None, Tier.DEVICE))
+    assert rows(index.match(_A)) == {}
+    index.apply(shared_slot(0), BlocksStored(_A[:5], None, Tier.HOST))
+    assert rows(index.match(_A)) == {0: (0, 5, 5, 5, 0)}
 
 
 @pytest.mark.parametrize("tier", [Tier.DEVICE, Tier.OBJECT])

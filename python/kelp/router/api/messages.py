@@ -6,11 +6,13 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from kelp.core.types import Role, WorkerState
+from kelp.core.types import Role, Tier, WorkerState
 from kelp.core.wire import Count, Message, Name, TokenId
-from kelp.registry.base import WorkerRecord
+from kelp.registry.base import KvManagerRecord, WorkerRecord
 
 _HashHex = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+# Control characters mark the names that routers make themselves.
+_RequestId = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f]*$")]
 _Text = Annotated[str, Field(max_length=256)]
 _Tags = Annotated[dict[Name, Name], Field(max_length=16)]
 _Seconds = Annotated[float, Field(ge=0, lt=1e9, allow_inf_nan=False)]
@@ -32,7 +34,7 @@ class SelectRequest(Message):
         reserve: Count the request as active there at once, which spares a call and keeps simultaneous requests apart.
     """
 
-    request_id: Name
+    request_id: _RequestId
     token_ids: tuple[TokenId, ...] = ()
     block_hashes: tuple[_HashHex, ...] = ()
     num_prompt_tokens: Count = 0
@@ -62,16 +64,22 @@ class SelectRequest(Message):
 class RequestName(Message):
     """Names a request of an earlier `select`."""
 
-    request_id: Name
+    request_id: _RequestId
 
 
 class FirstTokenRequest(RequestName):
-    """The prompt has been computed; times as the workers measured them."""
+    """The prompt has been computed; times as the workers measured them.
+
+    Attributes:
+        onboarded_blocks: By tier, device first, prompt blocks that were brought up from there, in `onboard_s` seconds.
+    """
 
     num_cached_tokens: Count = 0
     queue_s: _Seconds = 0.0
     prefill_s: _Seconds = 0.0
     transfer_s: _Seconds = 0.0
+    onboarded_blocks: Annotated[tuple[Count, ...], Field(max_length=len(Tier))] = ()
+    onboard_s: _Seconds = 0.0
 
 
 class ProgressRequest(RequestName):
@@ -101,6 +109,19 @@ class WithdrawRequest(Message):
     epoch: Name
 
 
+class RegisterManagerRequest(Message):
+    """A KV block manager says that it lives; to be repeated within the registry's expiry."""
+
+    manager: KvManagerRecord
+
+
+class WithdrawManagerRequest(Message):
+    """A KV block manager leaves."""
+
+    manager_id: Name
+    epoch: Name
+
+
 class Nothing(Message):
     """A request without fields."""
 
@@ -117,12 +138,18 @@ class ChosenWorker(Message):
 
 
 class Selection(Message):
-    """The answer to `select`; without `prefill` the decode worker computes the prompt."""
+    """The answer to `select`; without `prefill` the decode worker computes the prompt.
+
+    Attributes:
+        known_blocks: Leading prompt blocks that the worker which computes the prompt has in any tier: of more it need
+            not ask its KV block manager. None where it had better ask.
+    """
 
     request_id: str
     decode: ChosenWorker
     prefill: ChosenWorker | None
     is_reserved: bool
+    known_blocks: int | None = None
 
 
 class Done(Message):
@@ -132,7 +159,7 @@ class Done(Message):
 
 
 class WorkerView(Message):
-    """One worker as the router sees it."""
+    """One worker as the router sees it; `kv_manager_id` names who keeps its lower tiers."""
 
     worker_id: str
     epoch: str
@@ -141,19 +168,31 @@ class WorkerView(Message):
     slot: int
     publishes_events: bool
     num_requests: int
+    kv_manager_id: str = ""
+
+
+class ManagerView(Message):
+    """One KV block manager as the router sees it; `events` says how far its blocks are known."""
+
+    manager_id: str
+    epoch: str
+    host: str
+    endpoint: str
+    events: str
 
 
 class Workers(Message):
-    """All workers that the router knows."""
+    """All workers and KV block managers that the router knows."""
 
     workers: tuple[WorkerView, ...]
+    managers: tuple[ManagerView, ...] = ()
 
 
 class DumpRequest(Message):
     """What does the router know?
 
     Attributes:
-        worker_id: Name this worker's blocks too; empty for the counts alone.
+        worker_id: Name this worker's (or KV block manager's) blocks too; empty for the counts alone.
         offset: Skip so many of them, for the next page.
     """
 
@@ -167,7 +206,8 @@ class Dump(Message):
     Attributes:
         requests: Ids of the requests that count as active.
         index: Counts of the index by name.
-        num_blocks: By worker id, how many blocks it is known to hold in each tier, fastest first.
+        num_blocks: By id of worker or KV block manager, how many blocks it is known to hold in each tier, fastest
+            first; a manager's are not counted again for its workers.
         hashes: Names of the asked worker's blocks, hex, a page of each tier.
     """
 

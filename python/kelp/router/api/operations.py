@@ -16,7 +16,8 @@ from kelp.core.errors import InvalidRequest, NotFound, ProtocolError
 from kelp.core.hashing import seed_hash, sequence_hashes
 from kelp.core.types import SequenceHash, WorkerKey
 from kelp.core.wire import Message, decode_message, encode_message
-from kelp.registry.base import Registry, WorkerRecord
+from kelp.registry.base import KvManagerRecord, Registry, WorkerRecord
+from kelp.registry.memory import Records
 from kelp.router.api.messages import (
     ChosenWorker,
     Done,
@@ -24,12 +25,15 @@ from kelp.router.api.messages import (
     DumpRequest,
     FirstTokenRequest,
     FreeRequest,
+    ManagerView,
     Nothing,
     ProgressRequest,
+    RegisterManagerRequest,
     RegisterRequest,
     RequestName,
     Selection,
     SelectRequest,
+    WithdrawManagerRequest,
     WithdrawRequest,
     Workers,
     WorkerView,
@@ -47,8 +51,10 @@ class ApiParts:
 
     Attributes:
         reservations: What the callers have under way.
-        registry: Takes the workers that register here.
-        refresh: Makes the selector see a change of the registry at once.
+        registry: Takes the workers that register here,
+        managers: and this the KV block managers.
+        view_managers: Those that are known.
+        refresh: Makes the selector see a change of the registries at once.
         dump: What the router knows, for debugging.
     """
 
@@ -56,6 +62,8 @@ class ApiParts:
     table: WorkerTable
     reservations: Reservations
     registry: Registry
+    managers: Records[KvManagerRecord]
+    view_managers: Callable[[], tuple[ManagerView, ...]]
     refresh: Callable[[], None]
     dump: Callable[[DumpRequest], Dump]
     clock: Clock
@@ -77,6 +85,8 @@ class Operations:
             "workers": _typed(Nothing, self.workers),
             "register": _typed(RegisterRequest, self.register),
             "withdraw": _typed(WithdrawRequest, self.withdraw),
+            "register_manager": _typed(RegisterManagerRequest, self.register_manager),
+            "withdraw_manager": _typed(WithdrawManagerRequest, self.withdraw_manager),
             "dump": _typed(DumpRequest, self.dump),
         }
 
@@ -93,10 +103,14 @@ class Operations:
             InvalidRequest: The document is not what the operation takes; names the field.
             KelpError: Whatever the operation raises.
         """
-        self._parts.reservations.sweep()
+        self.sweep()
         if name not in self._calls:
             raise NotFound(f"{name!r}: no such operation; there are: {', '.join(self._calls)}")
         return encode_message(self._calls[name](document))
+
+    def sweep(self) -> None:
+        """Free what callers have forgotten: to be called now and then, they may all have gone."""
+        self._parts.reservations.sweep()
 
     def select(self, asked: SelectRequest) -> Selection:
         """Choose workers, and count the request there if asked to."""
@@ -108,7 +122,11 @@ class Operations:
             parts.reservations.select(decision)
         prefill = None if decision.prefill is None else _chosen(decision.prefill)
         return Selection(
-            request_id=asked.request_id, decode=_chosen(decision.decode), prefill=prefill, is_reserved=asked.reserve
+            request_id=asked.request_id,
+            decode=_chosen(decision.decode),
+            prefill=prefill,
+            is_reserved=asked.reserve,
+            known_blocks=decision.known_blocks,
         )
 
     def reserve(self, asked: RequestName) -> Done:
@@ -123,7 +141,14 @@ class Operations:
 
     def first_token(self, asked: FirstTokenRequest) -> Done:
         """Learn from a prefill."""
-        told = FirstToken(asked.num_cached_tokens, asked.queue_s, asked.prefill_s, asked.transfer_s)
+        told = FirstToken(
+            num_cached_tokens=asked.num_cached_tokens,
+            queue_s=asked.queue_s,
+            prefill_s=asked.prefill_s,
+            transfer_s=asked.transfer_s,
+            onboarded_blocks=asked.onboarded_blocks,
+            onboard_s=asked.onboard_s,
+        )
         return Done(is_known=self._parts.reservations.first_token(asked.request_id, told))
 
     def progress(self, asked: ProgressRequest) -> Done:
@@ -143,9 +168,10 @@ class Operations:
         return explanation
 
     def workers(self, _: Nothing) -> Workers:
-        """All workers with the requests counted there."""
+        """All workers with the requests counted there, and all KV block managers."""
         parts = self._parts
-        return Workers(workers=tuple(self._view(slot) for slot in parts.table.slots()))
+        views = tuple(self._view(slot) for slot in parts.table.slots())
+        return Workers(workers=views, managers=parts.view_managers())
 
     def register(self, asked: RegisterRequest) -> Done:
         """Create or renew a worker's record."""
@@ -159,6 +185,19 @@ class Operations:
         self._parts.registry.withdraw(asked.worker_id, asked.epoch)
         self._parts.refresh()
         return Done(is_known=is_known)
+
+    def register_manager(self, asked: RegisterManagerRequest) -> Done:
+        """Create or renew a KV block manager's record; workers name theirs in `kv_manager_id`."""
+        self._parts.managers.publish(asked.manager)
+        self._parts.refresh()
+        return Done()
+
+    def withdraw_manager(self, asked: WithdrawManagerRequest) -> Done:
+        """Take a KV block manager out."""
+        known = {(view.manager_id, view.epoch) for view in self._parts.view_managers()}
+        self._parts.managers.withdraw(asked.manager_id, asked.epoch)
+        self._parts.refresh()
+        return Done(is_known=(asked.manager_id, asked.epoch) in known)
 
     def dump(self, asked: DumpRequest) -> Dump:
         """What the router knows."""
@@ -210,6 +249,7 @@ class Operations:
             slot=slot,
             publishes_events=bool(record.events_endpoint),
             num_requests=int(self._parts.selector.load.active[slot]),
+            kv_manager_id=record.kv_manager_id,
         )
 
 

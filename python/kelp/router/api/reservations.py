@@ -10,6 +10,7 @@ from kelp.router.decision.selector import Decision, Ended, FirstToken
 from kelp.router.ledger import Ledger
 
 _MAX_SELECTED = 4096
+_MAX_SELECTED_BLOCKS = 1 << 20
 _SELECTED_TTL_S = 120.0
 _GONE = Ended(is_completed=False)
 
@@ -36,6 +37,7 @@ class Reservations:
         self._clock = clock
         self._ttls_s = (_SELECTED_TTL_S, reservation_ttl_s, lease_ttl_s)
         self._selected: OrderedDict[str, _Held] = OrderedDict()
+        self._num_selected_blocks = 0
         self._reserved: OrderedDict[str, _Held] = OrderedDict()
         self._sent: OrderedDict[str, _Held] = OrderedDict()
 
@@ -45,14 +47,16 @@ class Reservations:
         return (*self._reserved, *self._sent)
 
     def select(self, decision: Decision) -> None:
-        """Remember a decision that somebody may want to reserve; the oldest of too many is forgotten."""
-        self._put(self._selected, decision)
-        if len(self._selected) > _MAX_SELECTED:
-            self._selected.popitem(last=False)
+        """Remember a decision that somebody may want to reserve; the oldest of too many, or too long ones, go."""
+        self._forget_selected(decision.request.request_id)
+        self._put(self._selected, decision.reservable())
+        self._num_selected_blocks += len(decision.request.block_hashes)
+        while len(self._selected) > _MAX_SELECTED or self._num_selected_blocks > _MAX_SELECTED_BLOCKS:
+            self._forget_selected(next(iter(self._selected)))
 
     def reserve_selected(self, request_id: str) -> bool:
         """Count a selected request as active; False if it is not known (any more)."""
-        held = self._selected.pop(request_id, None)
+        held = self._forget_selected(request_id)
         if held is None:
             return False
         self.reserve(held.decision)
@@ -91,22 +95,28 @@ class Reservations:
 
     def free(self, request_id: str, ended: Ended) -> bool:
         """Nothing of it runs any more."""
-        self._selected.pop(request_id, None)
+        self._forget_selected(request_id)
         held = self._reserved.pop(request_id, None) or self._sent.pop(request_id, None)
         if held is not None:
             self._ledger.free(held.decision, ended)
         return held is not None
 
     def sweep(self) -> None:
-        """Forget what has been silent for too long."""
+        """Forget what has been silent for too long, and free what it had: to be called now and then."""
         now_s = self._clock.monotonic_s()
         for held_by_id, ttl_s in zip((self._selected, self._reserved, self._sent), self._ttls_s, strict=True):
             while held_by_id and next(iter(held_by_id.values())).last_s + ttl_s <= now_s:
                 request_id = next(iter(held_by_id))
                 if held_by_id is self._selected:
-                    del held_by_id[request_id]
+                    self._forget_selected(request_id)
                 else:
                     self.free(request_id, _GONE)
+
+    def _forget_selected(self, request_id: str) -> _Held | None:
+        held = self._selected.pop(request_id, None)
+        if held is not None:
+            self._num_selected_blocks -= len(held.decision.request.block_hashes)
+        return held
 
     def _put(self, held_by_id: OrderedDict[str, _Held], decision: Decision) -> None:
         now_s = self._clock.monotonic_s()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from kelp.router.api.http import HttpApi
 from kelp.router.api.operations import Operations
 from kelp.router.api.rpc import GrpcApi
 
-_GATHER_S = 1.0
+_PERIOD_S = 1.0
+_log = logging.getLogger(__name__)
 
 
 class Background(Protocol):
@@ -51,12 +53,22 @@ class Ports:
 
 
 class RouterServer:
-    """Serves the operations; everything belongs to one event loop."""
+    """Serves the operations; everything belongs to one event loop.
 
-    def __init__(self, operations: Operations, background: Background, exposition: Exposition) -> None:
+    Args:
+        operations: What is served.
+        background: Started before and stopped after.
+        exposition: The metrics.
+        period_s: How often observations are gathered, and what callers have forgotten is freed.
+    """
+
+    def __init__(
+        self, operations: Operations, background: Background, exposition: Exposition, period_s: float = _PERIOD_S
+    ) -> None:
         self._operations = operations
         self._background = background
         self._exposition = exposition
+        self._period_s = period_s
 
     async def run(self, options: ListenOptions, on_ready: Callable[[Ports], None], stopping: asyncio.Event) -> None:
         """Serve until `stopping` is set.
@@ -68,21 +80,26 @@ class RouterServer:
         http = HttpApi(self._operations, auth, self._exposition.text)
         rpc = GrpcApi(self._operations, auth)
         await self._background.start()
-        gathering = asyncio.ensure_future(self._gather())
+        keeping = asyncio.ensure_future(self._keep_house())
         try:
             ports = await _listen(http, rpc, options)
             on_ready(ports)
             await stopping.wait()
         finally:
-            gathering.cancel()
+            keeping.cancel()
             await http.stop()
             await rpc.stop()
             await self._background.stop()
 
-    async def _gather(self) -> None:
+    async def _keep_house(self) -> None:
         while True:
-            await asyncio.sleep(_GATHER_S)
-            self._exposition.gather()
+            await asyncio.sleep(self._period_s)
+            try:
+                self._operations.sweep()
+                self._exposition.gather()
+            except Exception:
+                # A supervisor's guard: whatever one request did, the next round takes the others.
+                _log.exception("a round of housekeeping failed")
 
 
 def stop_on_signals(stopping: asyncio.Event) -> None:

@@ -15,7 +15,7 @@ from kelp.core.config import PolicyName, RoutingConfig
 from kelp.core.errors import CapacityError
 from kelp.core.types import Role, WorkerKey
 from kelp.router.decision.costs import CostModel, Costs, as_decoder, missing_blocks
-from kelp.router.decision.disaggregation import pays
+from kelp.router.decision.disaggregation import Ways, Weights, pays
 from kelp.router.decision.eligibility import conditions_of, is_pinned, narrow, tag_factors
 from kelp.router.decision.explain import Choice
 from kelp.router.decision.fleet import Candidates, Fleet
@@ -74,6 +74,8 @@ class Way:
         work: The prompt's computation, `work_s` its predicted seconds.
         waits: What was predicted of the prompt.
         transfer_blocks: Blocks that the decode worker has to fetch.
+        overlap_blocks: Leading blocks of the prompt that the worker which computes it has in any tier.
+        onboarded_blocks: By tier, those that it is expected to bring up from there, device first; empty if none.
     """
 
     decode_slot: int
@@ -84,6 +86,8 @@ class Way:
     work_s: float
     waits: Waits
     transfer_blocks: float
+    overlap_blocks: float
+    onboarded_blocks: tuple[int, ...]
     ttft_s: float
     itl_s: float
 
@@ -99,6 +103,7 @@ class Chooser:
         self._costs = costs
         self._config = config
         self._disaggregation = mode.disaggregation
+        self._weights = Weights(config.disaggregation_itl_weight, config.disaggregation_stall_weight)
         self._rng = Random(seed)
         self._counts_load = mode.policy not in _BLIND_POLICIES
         self._when_stale = AmongTheBestPolicy()
@@ -126,7 +131,9 @@ class Chooser:
         prefill = self._policy(self._prefill, question).choose(prefill_costs, self._rng)
         if self._disaggregation == "auto" and not self._is_prefiller(question.request.pinned_worker):
             alone = self._row(self._alone, costs, question)
-            if not pays(self._costs.rates, (costs, alone), (prefill_costs, prefill), (decode_costs, decode)):
+            max_tokens = question.request.max_tokens
+            ways = Ways((costs, alone), (prefill_costs, prefill), (decode_costs, decode), max_tokens)
+            if not pays(self._costs.rates, ways, self._weights):
                 return self._aggregated(question, costs, "aggregated: predicted to be faster", alone)
         return self._disaggregated((prefill_costs, prefill), (decode_costs, decode), costs)
 
@@ -190,6 +197,8 @@ class Chooser:
             work_s=float(costs.compute_s[row]),
             waits=_waits(costs, row),
             transfer_blocks=0.0,
+            overlap_blocks=float(costs.overlap[row]),
+            onboarded_blocks=costs.onboarded(row),
             ttft_s=float(costs.ttft_s[row]),
             itl_s=float(costs.itl_s[row]),
         )
@@ -208,6 +217,8 @@ class Chooser:
             work_s=float(costs.compute_s[row]),
             waits=_waits(costs, row),
             transfer_blocks=missing_blocks(whole, decode_row),
+            overlap_blocks=float(costs.overlap[row]),
+            onboarded_blocks=costs.onboarded(row),
             ttft_s=float(costs.ttft_s[row]),
             itl_s=float(decode_costs.itl_s[decode_row]),
         )
@@ -218,7 +229,7 @@ class Chooser:
 
 def _work(costs: Costs, row: int) -> Work:
     uncached = float(costs.uncached[row])
-    pairs = uncached * (costs.request.num_prompt_tokens - 0.5 * uncached)
+    pairs = uncached * (costs.num_prompt_tokens - 0.5 * uncached)
     return Work(float(costs.steps[row]), uncached, pairs)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,8 @@ from kelp.router.index.base import Matches
 from kelp.timing.rates import Rates
 
 Column = npt.NDArray[np.float64]
+Tiers = npt.NDArray[np.int32]
+"""`[n, num_tiers]`, cumulative: blocks in this tier or a faster one."""
 
 
 @dataclass(slots=True)
@@ -25,7 +28,7 @@ class Costs:
 
     Attributes:
         slots: `[n] intp`.
-        request: What is to be placed.
+        num_prompt_tokens: Of the request that is to be placed.
         usual_output: Output tokens that a request is expected to generate.
         is_measured: Whether the seconds rest on measurements.
         computes_prompt: False for decode workers that get the prompt's KV from a prefill worker.
@@ -36,7 +39,9 @@ class Costs:
         block_size: Tokens per block.
         placed_tokens: Prompt tokens computed there of late: how much of its cache is recent.
         overlap: Leading prompt blocks that lie there in any tier.
-        overlap_tiers: `[n, num_tiers] int32`, cumulative; None where nothing lies below the device tier.
+        overlap_tiers: The same by tier; None where nothing lies below the device tier.
+        used_tiers: Those of them that need not be computed: deeper ones, where bringing them up takes longer than
+            computing them, are left out.
         uncached: Prompt tokens to be computed there.
         steps: Engine steps that those take.
         compute_s: The worker's time that they take, without the sequences that decode in the same steps.
@@ -53,7 +58,7 @@ class Costs:
     """
 
     slots: npt.NDArray[np.intp]
-    request: RoutingRequest
+    num_prompt_tokens: float
     usual_output: float
     is_measured: bool
     computes_prompt: bool
@@ -64,7 +69,8 @@ class Costs:
     block_size: Column
     placed_tokens: Column
     overlap: Column
-    overlap_tiers: npt.NDArray[np.int32] | None
+    overlap_tiers: Tiers | None
+    used_tiers: Tiers | None
     uncached: Column
     steps: Column
     compute_s: Column
@@ -82,6 +88,28 @@ class Costs:
     def __len__(self) -> int:
         return len(self.slots)
 
+    @property
+    def device_overlap(self) -> Column:
+        """Leading prompt blocks in the workers' own caches: what one that gets the rest from a prefill worker uses."""
+        return self.overlap if self.overlap_tiers is None else self.overlap_tiers[:, 0].astype(np.float64)
+
+    def onboarded(self, row: int) -> tuple[int, ...]:
+        """By tier, blocks that the candidate in this row is expected to bring up; empty if there are none."""
+        if self.used_tiers is None or not self.computes_prompt:
+            return ()
+        per_tier = np.diff(self.used_tiers[row])
+        return (0, *per_tier.tolist()) if per_tier.any() else ()
+
+
+class _Overlaps(NamedTuple):
+    """Attributes: see `Costs`; `cached` are tokens."""
+
+    overlap: Column
+    tiers: Tiers | None
+    used: Tiers | None
+    cached: Column
+    onboard_s: Column
+
 
 class CostModel:
     """Fills the record from fleet, load, rates and the index's answer."""
@@ -96,10 +124,9 @@ class CostModel:
     def estimate(self, request: RoutingRequest, candidates: Candidates, matches: Matches, now_s: float) -> Costs:
         """The prompt is computed and its output generated at one worker."""
         fleet, load, rates, at = self._fleet, self._load, self.rates, candidates.at
-        overlap, tiers, onboard_s = self._overlaps(candidates, matches)
         block_size = fleet.block_size[at]
         num_prompt = float(request.num_prompt_tokens)
-        cached = np.minimum(overlap * block_size, max(num_prompt - 1.0, 0.0))
+        overlap, tiers, used, cached, onboard_s = self._overlaps(candidates, matches, num_prompt)
         slowness = rates.slowness[at]
         num_decoding = load.num_decoding[at].copy()
         decode_s = slowness * (num_decoding * rates.sequence_s + load.context_tokens[at] * rates.context_s)
@@ -110,7 +137,7 @@ class CostModel:
         queue_s = in_order * in_order_s + (1.0 - in_order) * shared_s
         return Costs(
             slots=candidates.slots,
-            request=request,
+            num_prompt_tokens=num_prompt,
             usual_output=self._lengths.usual,
             is_measured=rates.is_measured,
             computes_prompt=True,
@@ -122,6 +149,7 @@ class CostModel:
             placed_tokens=load.placed_tokens[at].copy(),
             overlap=overlap,
             overlap_tiers=tiers,
+            used_tiers=used,
             uncached=uncached,
             steps=steps,
             compute_s=compute_s,
@@ -152,22 +180,35 @@ class CostModel:
         in_order_s = load.pending_s[at] - elapsed_s + load.pending_steps[at] * decode_s
         return in_order_s, np.minimum(in_order_s, load.num_pending[at] * prefill_s)
 
-    def _overlaps(
-        self, candidates: Candidates, matches: Matches
-    ) -> tuple[Column, npt.NDArray[np.int32] | None, Column]:
+    def _overlaps(self, candidates: Candidates, matches: Matches, num_prompt: float) -> _Overlaps:
+        """What lies at the candidates, and what of it they will use."""
+        at, most = candidates.at, max(num_prompt - 1.0, 0.0)
+        nothing = np.zeros(len(candidates.slots))
         if not len(matches.slots):
-            nothing = np.zeros(len(candidates.slots))
-            return nothing, None, nothing
-        num_slots = len(self._fleet.block_size)
+            return _Overlaps(nothing, None, None, nothing, nothing)
+        num_slots, block_size = len(self._fleet.block_size), self._fleet.block_size[at]
         overlap = np.zeros(num_slots)
         overlap[matches.slots] = matches.blocks[:, -1]
-        overlap = overlap[candidates.at]
+        overlap = overlap[at]
         if not (matches.blocks[:, 0] != matches.blocks[:, -1]).any():
-            return overlap, None, np.zeros(len(overlap))
+            return _Overlaps(overlap, None, None, np.minimum(overlap * block_size, most), nothing)
         tiers = np.zeros((num_slots, matches.blocks.shape[1]), np.int32)
         tiers[matches.slots] = matches.blocks
-        tiers = tiers[candidates.at]
-        return overlap, tiers, self.rates.onboard_s(tiers)
+        tiers = tiers[at]
+        used = self._worth_using(at, tiers, num_prompt)
+        cached = np.minimum(used[:, -1] * block_size, most)
+        return _Overlaps(overlap, tiers, used, cached, self.rates.onboard_s(used))
+
+    def _worth_using(self, at: Slots | slice, tiers: Tiers, num_prompt: float) -> Tiers:
+        """Blocks by tier, down to the one where each candidate has its first token soonest."""
+        if not self.rates.is_measured:
+            return tiers
+        options = np.minimum(tiers, tiers.T[:, :, None])
+        cached = np.minimum(options[:, :, -1] * self._fleet.block_size[at], max(num_prompt - 1.0, 0.0))
+        _, _, compute_s = self._computation(at, cached, num_prompt)
+        seconds = compute_s + np.stack([self.rates.onboard_s(option) for option in options])
+        used: Tiers = options[seconds.argmin(axis=0), np.arange(len(tiers))]
+        return used
 
 
 def as_decoder(costs: Costs, rates: Rates) -> Costs:
@@ -178,10 +219,10 @@ def as_decoder(costs: Costs, rates: Rates) -> Costs:
     """
     nothing = np.zeros(len(costs))
     num_sequences = costs.active + 1.0
-    num_context = costs.kv_tokens + costs.request.num_prompt_tokens
+    num_context = costs.kv_tokens + costs.num_prompt_tokens
     step_s = rates.step_s + num_sequences * rates.sequence_s + num_context * rates.context_s
-    num_blocks = np.ceil(costs.request.num_prompt_tokens / costs.block_size)
-    transfer_s = rates.handoff_s(np.maximum(num_blocks - costs.overlap, 0.0))
+    num_blocks = np.ceil(costs.num_prompt_tokens / costs.block_size)
+    transfer_s = rates.handoff_s(np.maximum(num_blocks - costs.device_overlap, 0.0))
     return replace(
         costs,
         computes_prompt=False,
@@ -202,5 +243,5 @@ def as_decoder(costs: Costs, rates: Rates) -> Costs:
 
 def missing_blocks(costs: Costs, row: int) -> float:
     """Blocks of the prompt's KV that the candidate in this row lacks."""
-    num_blocks = math.ceil(costs.request.num_prompt_tokens / float(costs.block_size[row]))
-    return max(num_blocks - float(costs.overlap[row]), 0.0)
+    num_blocks = math.ceil(costs.num_prompt_tokens / float(costs.block_size[row]))
+    return max(num_blocks - float(costs.device_overlap[row]), 0.0)

@@ -1,6 +1,6 @@
 """Why a request went where it went, and whether what was predicted came true.
 
-Decisions are kept as the arrays that the policy saw and rendered only when somebody asks.
+Decisions are kept as the arrays that the policy saw and rendered only when somebody asks; the prompt is not kept.
 """
 
 from __future__ import annotations
@@ -16,6 +16,13 @@ from kelp.core.wire import Message
 from kelp.router.decision.costs import Costs
 from kelp.router.decision.outcome import Ended, FirstToken
 
+# What CPython and numpy take, checked against tracemalloc in the tests.
+_DECISION_BYTES = 1500
+_CHOICE_BYTES = 1700
+_CANDIDATE_BYTES = 176
+_CHOICE_TIERS_BYTES = 400
+_CANDIDATE_TIERS_BYTES = 32
+
 State = Literal["selected", "reserved", "committed", "running", "completed", "failed", "lapsed"]
 
 
@@ -23,7 +30,8 @@ class CandidateCosts(Message):
     """One candidate as the policy saw it; seconds are predictions.
 
     Attributes:
-        overlap_blocks: By tier, cumulative: leading prompt blocks in this tier or a faster one.
+        overlap_blocks: By tier, cumulative: leading prompt blocks in this tier or a faster one, device first. Lower
+            tiers are those of the worker's KV block manager; one entry where they hold nothing more for anybody.
         hold_up_s: By how much it would make prompts wait that are there already.
     """
 
@@ -52,13 +60,15 @@ class RoleChoice(Message):
 
 
 class Outcome(Message):
-    """What came of it; seconds as the workers measured them."""
+    """What came of it; seconds as the workers measured them, blocks by tier, device first."""
 
     ttft_s: float | None = None
     queue_s: float | None = None
     prefill_s: float | None = None
     transfer_s: float | None = None
     num_cached_tokens: int | None = None
+    onboarded_blocks: list[int] | None = None
+    onboard_s: float | None = None
     itl_s: float | None = None
     num_output_tokens: int | None = None
     state: State = "selected"
@@ -72,6 +82,8 @@ class Explanation(Message):
         reason: Why disaggregated or not, and what narrowed the choice, in words.
         attempt: 1 for the first decision of this request id, counting on with every retry.
         predicted_ttft_s: Of the way taken.
+        predicted_onboarded_blocks: By tier, device first, blocks that the worker which computes the prompt shall bring
+            up from there; empty if none.
         router_id: Which router decided; empty where there is only one.
     """
 
@@ -87,6 +99,7 @@ class Explanation(Message):
     predicted_itl_s: float
     choices: list[RoleChoice]
     outcome: Outcome
+    predicted_onboarded_blocks: list[int] = []
     router_id: str = ""
 
 
@@ -109,6 +122,7 @@ class Decided:
     """A decision as it is kept."""
 
     request_id: str
+    num_prompt_blocks: int
     decided_s: float
     reason: str
     choices: tuple[Choice, ...]
@@ -121,30 +135,36 @@ class Decided:
     ended: Ended | None = None
 
     @property
-    def num_candidates(self) -> int:
-        """Over all choices."""
-        return sum(len(choice.costs) for choice in self.choices)
+    def num_bytes(self) -> int:
+        """Estimated memory."""
+        num_bytes = _DECISION_BYTES + len(self.choices) * _CHOICE_BYTES
+        for choice in self.choices:
+            num_candidates = len(choice.costs)
+            num_bytes += num_candidates * _CANDIDATE_BYTES
+            if choice.costs.overlap_tiers is not None:
+                num_bytes += _CHOICE_TIERS_BYTES + num_candidates * _CANDIDATE_TIERS_BYTES
+        return num_bytes
 
 
 class DecisionLog:
-    """The last decisions, bounded by the candidates that they keep; belongs to one event loop."""
+    """The last decisions, within so many bytes; belongs to one event loop."""
 
-    def __init__(self, policy: str, max_candidates: int) -> None:
+    def __init__(self, policy: str, max_bytes: int) -> None:
         self._policy = policy
-        self._max_candidates = max_candidates
-        self._num_candidates = 0
+        self._max_bytes = max_bytes
+        self.num_bytes = 0
         self._decided: OrderedDict[str, Decided] = OrderedDict()
 
     def add(self, decided: Decided) -> None:
         """Keep a decision, the previous one for this request id no longer."""
         before = self._decided.pop(decided.request_id, None)
         if before is not None:
-            self._num_candidates -= before.num_candidates
+            self.num_bytes -= before.num_bytes
             decided.attempt = before.attempt + 1
         self._decided[decided.request_id] = decided
-        self._num_candidates += decided.num_candidates
-        while self._num_candidates > self._max_candidates:
-            self._num_candidates -= self._decided.popitem(last=False)[1].num_candidates
+        self.num_bytes += decided.num_bytes
+        while self.num_bytes > self._max_bytes:
+            self.num_bytes -= self._decided.popitem(last=False)[1].num_bytes
 
     def find(self, request_id: str) -> Decided | None:
         """For filling in what came of it; None if it is too old."""
@@ -163,12 +183,13 @@ class DecisionLog:
             is_measured=first.is_measured,
             reason=decided.reason,
             attempt=decided.attempt,
-            num_prompt_tokens=first.request.num_prompt_tokens,
-            num_prompt_blocks=len(first.request.block_hashes),
+            num_prompt_tokens=int(first.num_prompt_tokens),
+            num_prompt_blocks=decided.num_prompt_blocks,
             predicted_ttft_s=decided.ttft_s,
             predicted_itl_s=decided.itl_s,
             choices=[_render(choice) for choice in decided.choices],
             outcome=_outcome(decided),
+            predicted_onboarded_blocks=list(first.onboarded(decided.choices[0].row)),
         )
 
 
@@ -212,6 +233,8 @@ def _outcome(decided: Decided) -> Outcome:
         prefill_s=told.prefill_s if told else None,
         transfer_s=told.transfer_s if told else None,
         num_cached_tokens=told.num_cached_tokens if told else None,
+        onboarded_blocks=list(told.onboarded_blocks) if told else None,
+        onboard_s=told.onboard_s if told else None,
         itl_s=ended.decode_s / num_intervals if ended else None,
         num_output_tokens=ended.num_output_tokens if ended else None,
     )

@@ -67,7 +67,10 @@ class Fleet:
         self.decoders = _candidates([slot for slot in ready if roles[slot] is not Role.PREFILL], num_slots)
         self.prefillers = _candidates([slot for slot in ready if roles[slot] is Role.PREFILL], num_slots)
         ids = {slot: self._table.record(slot).worker_id for slot in live}
-        self.worker_ids = tuple(ids.get(slot, "") for slot in range(num_slots))
+        worker_ids = tuple(ids.get(slot, "") for slot in range(num_slots))
+        # Explained decisions keep what they find here, so it had better stay the same object.
+        if worker_ids != self.worker_ids:
+            self.worker_ids = worker_ids
         self.block_size = self._column(live, lambda record: record.layout.block_size)
         self.num_blocks = self._column(live, lambda record: record.layout.num_blocks)
         self.step_tokens = self._column(live, lambda record: record.max_step_tokens or _DEFAULT_STEP_TOKENS)

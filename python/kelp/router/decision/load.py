@@ -1,18 +1,22 @@
 """What is on its way to each worker: counts by slot, and one entry per request and worker that explains them.
 
-Reservations lapse, committed entries are leases that signs of life renew. A worker's heartbeat corrects the counts only
-by what neither own nor replicated requests explain, those that ended since the heartbeat before included: a heartbeat
-is old when it comes, and whoever trusts it more than what he sent himself herds everything to one worker.
+Reservations lapse, committed entries are leases that signs of life renew, on a worker that is missing from the
+registry as on any other: should the same incarnation return, what it still has counts again. A worker's heartbeat
+corrects the counts only by what neither own nor replicated requests explain, those that ended since the heartbeat
+before included: a heartbeat is old when it comes, and whoever trusts it more than what he sent himself herds everything
+to one worker.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
 
+from kelp.core.types import WorkerKey
 from kelp.timing.rates import Work
 
 Counts = npt.NDArray[np.float64]
@@ -28,7 +32,7 @@ class Entry:
 
     Attributes:
         key: Names the request.
-        slot: Where it runs; -1 once that worker has gone.
+        slot: Where it runs; -1 while that worker is gone, and once it has ended.
         kv_tokens: Tokens of KV that it holds there.
         work: The prompt's computation there; None if it computes none.
         work_s: Predicted seconds of it.
@@ -36,6 +40,7 @@ class Entry:
         is_committed: Whether it was sent.
         is_pending: Whether its prompt is still to be computed there.
         is_decoding: Whether it generates there.
+        away: All entries of its worker, while that one is gone.
     """
 
     key: str
@@ -47,6 +52,7 @@ class Entry:
     is_committed: bool = False
     is_pending: bool = False
     is_decoding: bool = False
+    away: dict[str, Entry] | None = None
 
 
 class Load:
@@ -73,6 +79,7 @@ class Load:
         self._reserved: deque[tuple[float, Entry]] = deque()
         self._on: list[dict[str, Entry]] = []
         self._queues: list[dict[str, Entry]] = []
+        self._away: dict[WorkerKey, dict[str, Entry]] = {}
         self._next_sweep_s = 0.0
         self._use(np.zeros((_NUM_COUNTS, 0)))
 
@@ -93,19 +100,30 @@ class Load:
         self._ended_before: Counts = counts[12]
         self.num_pending: Counts = counts[13]
 
-    def begin(self, slot: int) -> None:
-        """A worker has this slot now."""
+    def begin(self, slot: int, key: WorkerKey) -> list[Entry]:
+        """This incarnation has the slot now.
+
+        Returns:
+            What it had when it left and still has, which counts again.
+        """
         missing = slot + 1 - self._counts.shape[1]
         if missing > 0:
             self._use(np.concatenate([self._counts, np.zeros((_NUM_COUNTS, missing))], axis=1))
             self._on.extend({} for _ in range(missing))
             self._queues.extend({} for _ in range(missing))
+        returned = list(self._away.pop(key, {}).values())
+        for entry in returned:
+            self._return(slot, entry)
+        return returned
 
-    def end(self, slot: int) -> None:
-        """The worker has gone, and what was counted on it."""
-        for entry in self._on[slot].values():
-            entry.slot = _GONE
-        self._on[slot].clear()
+    def end(self, slot: int, key: WorkerKey) -> None:
+        """The worker has gone; what it had counts nowhere, but is kept for as long as it would have counted there."""
+        entries = self._on[slot]
+        for entry in entries.values():
+            entry.slot, entry.away = _GONE, entries
+        if entries:
+            self._away[key] = entries
+        self._on[slot] = {}
         self._queues[slot].clear()
         self._counts[:, slot] = 0.0
 
@@ -130,16 +148,19 @@ class Load:
     def prefilled(self, entry: Entry, now_s: float) -> None:
         """Its prompt has been computed."""
         entry.now_s = now_s
-        if entry.is_pending and entry.slot != _GONE:
-            self._unqueue(entry, now_s)
+        if entry.is_pending:
+            entry.is_pending = False
+            if entry.slot != _GONE:
+                self._unqueue(entry, now_s)
 
     def decoding(self, entry: Entry, now_s: float) -> None:
         """It generates from now on."""
         entry.now_s = now_s
-        if entry.slot != _GONE and not entry.is_decoding:
+        if not entry.is_decoding:
             entry.is_decoding = True
-            self.num_decoding[entry.slot] += 1
-            self.context_tokens[entry.slot] += entry.kv_tokens
+            if entry.slot != _GONE:
+                self.num_decoding[entry.slot] += 1
+                self.context_tokens[entry.slot] += entry.kv_tokens
 
     def grow(self, entry: Entry, num_tokens: int, now_s: float) -> None:
         """So many tokens came."""
@@ -154,8 +175,12 @@ class Load:
         """It has ended; idempotent."""
         slot = entry.slot
         if slot == _GONE:
+            if entry.away is not None:
+                entry.away.pop(entry.key, None)
+                entry.away = None
             return
         if entry.is_pending:
+            entry.is_pending = False
             self._unqueue(entry, now_s)
         if entry.is_decoding:
             self.num_decoding[slot] -= 1
@@ -171,13 +196,27 @@ class Load:
         gone = []
         while self._reserved and self._reserved[0][0] <= now_s:
             entry = self._reserved.popleft()[1]
-            if entry.slot != _GONE and not entry.is_committed:
+            if not entry.is_committed and (entry.slot != _GONE or entry.away is not None):
                 gone.append(entry)
         if now_s >= self._next_sweep_s:
             self._next_sweep_s = now_s + self._lease_ttl_s / _SWEEPS_PER_LEASE
             oldest_s = now_s - self._lease_ttl_s
-            gone.extend(entry for entries in self._on for entry in entries.values() if entry.now_s < oldest_s)
+            self._away = {key: entries for key, entries in self._away.items() if entries}
+            held = chain(self._on, self._away.values())
+            gone.extend(entry for entries in held for entry in entries.values() if entry.now_s < oldest_s)
         return gone
+
+    def _return(self, slot: int, entry: Entry) -> None:
+        entry.slot, entry.away = slot, None
+        self._on[slot][entry.key] = entry
+        self.active[slot] += 1
+        self.kv_tokens[slot] += entry.kv_tokens
+        if entry.is_pending:
+            assert entry.work is not None
+            self._queue(entry, entry.work)
+        if entry.is_decoding:
+            self.num_decoding[slot] += 1
+            self.context_tokens[slot] += entry.kv_tokens
 
     def _queue(self, entry: Entry, work: Work) -> None:
         slot = entry.slot
@@ -197,7 +236,6 @@ class Load:
         slot = entry.slot
         queue = self._queues[slot]
         queue.pop(entry.key, None)
-        entry.is_pending = False
         self.num_pending[slot] -= 1
         if not queue:
             self._counts[1:5, slot] = 0.0

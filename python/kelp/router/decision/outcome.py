@@ -12,14 +12,19 @@ class FirstToken:
     Attributes:
         num_cached_tokens: Prompt tokens that the worker that prefilled did not compute.
         queue_s: Arrival at that worker to its first step.
-        prefill_s: First step to the first token.
+        prefill_s: First step to the first token, onboarding excluded.
         transfer_s: KV from the prefill to the decode worker.
+        onboarded_blocks: By tier, blocks that the worker that prefilled brought up from there, device first; empty if
+            none were, or nobody said.
+        onboard_s: And how long that took.
     """
 
     num_cached_tokens: int
     queue_s: float
     prefill_s: float
     transfer_s: float = 0.0
+    onboarded_blocks: tuple[int, ...] = ()
+    onboard_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

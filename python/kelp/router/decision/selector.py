@@ -10,15 +10,16 @@ clock. Life of a request here:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 from kelp.core.clock import Clock
 from kelp.core.config import RoutingConfig
 from kelp.core.types import WorkerKey
 from kelp.registry.base import WorkerRecord
 from kelp.router.decision.affinity import Sessions
-from kelp.router.decision.choosing import Chooser, Question, SelectorMode, Way
+from kelp.router.decision.choosing import Chooser, Question, SelectorMode
 from kelp.router.decision.costs import CostModel
+from kelp.router.decision.decision import Decision
 from kelp.router.decision.explain import Decided, DecisionLog, Explanation, State
 from kelp.router.decision.fleet import Fleet
 from kelp.router.decision.learning import Generating, Learning
@@ -32,32 +33,6 @@ from kelp.router.index.base import OverlapIndex
 from kelp.timing.rates import Rates, Work
 
 __all__ = ["Decision", "Ended", "FirstToken", "Selector", "SelectorMode"]
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """Where a request shall run; `prefill` None: the decode worker computes the prompt (aggregated).
-
-    Attributes:
-        way: What was expected of it, with the figures of all candidates; None in decisions that no `select` of this
-            process made, and in those that are `settled`.
-        ttft_s: Predicted time to first token; 0 where nothing was.
-    """
-
-    request: RoutingRequest
-    decode: WorkerRecord
-    prefill: WorkerRecord | None
-    way: Way | None = field(default=None, repr=False, compare=False)
-    ttft_s: float = 0.0
-
-    def settled(self) -> Decision:
-        """The same for as long as the request lives, without what only choosing and reserving need."""
-        return replace(self, way=None)
-
-    @property
-    def worker_ids(self) -> tuple[str, ...]:
-        """All workers involved, prefill first."""
-        return (*((self.prefill.worker_id,) if self.prefill else ()), self.decode.worker_id)
 
 
 @dataclass(slots=True)
@@ -90,6 +65,7 @@ class Selector:
         order: In which order workers are thought to compute prompts.
         is_stale: Whether other routers' requests are not known well enough to trust the counts; then requests spread
             among the best workers.
+        knows_all_of: Whether the index has all that the worker in a slot holds, and all that lies below it.
     """
 
     def __init__(
@@ -108,9 +84,10 @@ class Selector:
         self._sessions = Sessions(config.max_sessions, config.session_ttl_s)
         self._heartbeats: dict[WorkerKey, int] = {}
         self._live: dict[str, _Live] = {}
-        self._log = DecisionLog(mode.policy, config.explained_candidates)
+        self._log = DecisionLog(mode.policy, config.explained_bytes)
         self.fleet = Fleet(table)
         self.is_stale: Callable[[], bool] = lambda: False
+        self.knows_all_of: Callable[[int], bool] = lambda _: False
         self.rates = Rates()
         self.load = Load(config.reservation_ttl_s, config.lease_ttl_s)
         self._learning = Learning(self.rates, self.load)
@@ -118,7 +95,7 @@ class Selector:
         self.order = PromptOrder()
         costs = CostModel(self.fleet, self.load, self.rates, self.lengths, self.order)
         self._chooser = Chooser(table, self.fleet, costs, config, mode, seed)
-        table.watch(self._joined, self.load.end)
+        table.watch(self._joined, self._left)
         for slot in table.slots():
             self._joined(slot)
         self.fleet.refresh()
@@ -155,9 +132,12 @@ class Selector:
         matches = self._index.match(request.block_hashes)
         question = Question(request, matches, avoid, allow_prefill, session, now_s, self.is_stale())
         way = self._chooser.choose(question)
-        self._log.add(Decided(request.request_id, now_s, way.reason, way.choices, way.ttft_s, way.itl_s))
+        num_blocks = len(request.block_hashes)
+        self._log.add(Decided(request.request_id, num_blocks, now_s, way.reason, way.choices, way.ttft_s, way.itl_s))
         prefill = None if way.prefill_slot is None else self._table.record(way.prefill_slot)
-        return Decision(request, self._table.record(way.decode_slot), prefill, way, way.ttft_s)
+        computing_slot = way.decode_slot if way.prefill_slot is None else way.prefill_slot
+        known_blocks = int(way.overlap_blocks) if self.knows_all_of(computing_slot) else None
+        return Decision(request, self._table.record(way.decode_slot), prefill, way, way.ttft_s, known_blocks)
 
     def reserve(self, decision: Decision) -> None:
         """Count the request as active there, and expect its blocks; lapses if `commit` does not follow in time.
@@ -246,6 +226,11 @@ class Selector:
         if decided is not None:
             decided.ended = ended
 
+    @property
+    def num_explained_bytes(self) -> int:
+        """Estimated memory of the decisions that can be explained."""
+        return self._log.num_bytes
+
     def entries(self, request_id: str) -> tuple[Entry, ...]:
         """What is counted for a live request, the worker that computes the prompt first; empty if there is none."""
         live = self._live.get(request_id)
@@ -256,8 +241,14 @@ class Selector:
         return self._log.explain(request_id)
 
     def _joined(self, slot: int) -> None:
-        self.load.begin(slot)
         self._learning.begin(slot)
+        for entry in self.load.begin(slot, self._table.record(slot).key):
+            live = self._live.get(entry.key)
+            if live is not None:
+                live.generating = None
+
+    def _left(self, slot: int) -> None:
+        self.load.end(slot, self._table.record(slot).key)
 
     def _expected(self, decision: Decision, decode_slot: int) -> tuple[Work, float, float]:
         if decision.way is not None:
@@ -275,6 +266,7 @@ class Selector:
         steps = max(work.steps * tokens / max(work.tokens, 1.0), 1.0)
         done = Work(steps, tokens, tokens * (num_prompt - 0.5 * tokens))
         self._learning.prefilled(entry.slot, done, told, live.begun_s, now_s)
+        self.rates.observe_onboarding(told.onboarded_blocks, told.onboard_s)
         if live.waits is not None and self.rates.is_measured:
             self.order.observe(live.waits, now_s - live.begun_s - told.transfer_s)
         if live.prefilling is not live.decoding and told.transfer_s > 0.0:

@@ -1,24 +1,27 @@
 """The workers that a router knows, each with a slot: a small integer that indexes every per-worker array.
 
 A slot belongs to one incarnation (id and epoch) of a worker. It is reused only after everybody who keeps arrays or
-sets by slot has been told that it is free, so a new worker never inherits an old one's blocks or load.
+sets by slot has been told that it is free, so a new worker never inherits an old one's blocks or load. KV block
+managers have a table of their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Generic, TypeVar
 
 from kelp.core.types import WorkerKey
-from kelp.registry.base import WorkerRecord
+from kelp.registry.base import Incarnation, WorkerRecord
 
 SlotSink = Callable[[int], None]
+RecordT = TypeVar("RecordT", bound=Incarnation)
 
 
-class WorkerTable:
-    """Slots of live workers; belongs to one event loop."""
+class SlotTable(Generic[RecordT]):
+    """Slots of live incarnations of one kind; belongs to one event loop."""
 
     def __init__(self) -> None:
-        self._records: list[WorkerRecord | None] = []
+        self._records: list[RecordT | None] = []
         self._slots: dict[WorkerKey, int] = {}
         self._free: list[int] = []
         self._on_joined: list[SlotSink] = []
@@ -38,17 +41,17 @@ class WorkerTable:
         """Slot of a live incarnation."""
         return self._slots.get(key)
 
-    def record(self, slot: int) -> WorkerRecord:
+    def record(self, slot: int) -> RecordT:
         """The latest record of a live slot."""
         record = self._records[slot]
         assert record is not None
         return record
 
     def slots(self) -> list[int]:
-        """All live slots in a stable order: by worker id."""
+        """All live slots in a stable order: by id."""
         return [slot for _, slot in sorted(self._slots.items())]
 
-    def update(self, records: Iterable[WorkerRecord]) -> None:
+    def update(self, records: Iterable[RecordT]) -> None:
         """Take the registry's latest snapshot: whoever is not in it has gone."""
         by_key = {record.key: record for record in records}
         for key in [key for key in self._slots if key not in by_key]:
@@ -60,7 +63,7 @@ class WorkerTable:
             else:
                 self._records[slot] = record
 
-    def _join(self, key: WorkerKey, record: WorkerRecord) -> None:
+    def _join(self, key: WorkerKey, record: RecordT) -> None:
         if self._free:
             slot = self._free.pop()
             self._records[slot] = record
@@ -77,3 +80,7 @@ class WorkerTable:
             sink(slot)
         self._records[slot] = None
         self._free.append(slot)
+
+
+class WorkerTable(SlotTable[WorkerRecord]):
+    """The workers."""

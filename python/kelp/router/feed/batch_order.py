@@ -17,6 +17,7 @@ class BatchOrder:
         self._max_waiting = max_waiting
         self._waiting: dict[int, Batch] = {}
         self._highest = -1
+        self._last_ts = float("-inf")
 
     @property
     def is_behind(self) -> bool:
@@ -32,6 +33,12 @@ class BatchOrder:
         while start - 1 in self._waiting:
             start -= 1
         return start
+
+    def is_restart(self, batch: Batch) -> bool:
+        """Foreign engines have no epochs: an old number with a new time comes from a new process."""
+        if not batch.is_foreign or self.next_seq is None or batch.events is None:
+            return False
+        return batch.seq < self.next_seq and batch.ts > self._last_ts
 
     def hear_of(self, seq: int) -> None:
         """There is a batch of this number."""
@@ -52,11 +59,14 @@ class BatchOrder:
         batch = self._waiting.pop(self.next_seq, None)
         if batch is not None:
             self.next_seq += 1
+            self._last_ts = max(self._last_ts, batch.ts)
         return batch
 
     def go_on_at(self, seq: int) -> None:
-        """Everything before `seq` is settled, and what came from much later was never true."""
+        """Everything before `seq` is settled, and what came from much later was never true; 0 starts over."""
         self.next_seq = seq
+        if not seq:
+            self._last_ts = float("-inf")
         horizon = seq + self._max_waiting
         self._waiting = {kept: batch for kept, batch in self._waiting.items() if seq <= kept < horizon}
         self._highest = max(self._waiting, default=seq - 1)
@@ -65,4 +75,5 @@ class BatchOrder:
         """Nothing is known any more."""
         self._waiting.clear()
         self._highest = -1
+        self._last_ts = float("-inf")
         self.next_seq = None

@@ -1,4 +1,4 @@
-"""One worker's subscription in operation: its sockets, its protocol, and the changes that wait to be applied."""
+"""One publisher's subscription in operation: its sockets, its protocol, and the changes that wait to be applied."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from kelp.kv.events.codec import ForeignEvent
 from kelp.kv.events.frames import SNAPSHOT_REQUEST, encode_seq
 from kelp.kv.events.residency import split
 from kelp.kv.events.translate import ForeignNames, SeedOf
-from kelp.registry.base import WorkerRecord
 from kelp.router.feed.inbox import EventInbox
+from kelp.router.feed.publisher import EventTarget, Publisher
 from kelp.router.feed.sockets import SubscriptionSockets
 from kelp.router.feed.subscription import Subscription
 from kelp.router.feed.values import Action, Apply, AskReplay, AskSnapshot, Forget, SubscriptionState
-from kelp.router.index.base import OverlapIndex
 
 _MESSAGES_PER_TURN = 16
 _BLOCKS_PER_STEP = 256
@@ -31,10 +30,10 @@ class WorkerLink:
     """Follows one incarnation; belongs to the router's loop.
 
     Args:
-        slot: The worker's, in table and index.
-        record: Where it publishes.
+        slot: The publisher's, in table and index.
+        publisher: Where it publishes.
         seed_of: Names what foreign engines store.
-        jitter: Factor on each back-off.
+        subscription: Fresh; says what to believe and to ask for.
 
     Attributes:
         reported: For the owner: totals that metrics already have.
@@ -43,20 +42,21 @@ class WorkerLink:
     def __init__(
         self,
         slot: int,
-        record: WorkerRecord,
+        publisher: Publisher,
         config: EventsConfig,
         clock: Clock,
         seed_of: SeedOf,
-        jitter: Callable[[], float],
+        subscription: Subscription,
     ) -> None:
         self.slot = slot
-        self.endpoints = (record.events_endpoint, record.replay_endpoint)
+        self.endpoints = (publisher.endpoint, publisher.replay_endpoint)
         self.reported: Totals = Counter()
         self._config = config
         self._clock = clock
-        self._subscription = Subscription(config, bool(record.replay_endpoint), jitter)
-        self._inbox = EventInbox(record.epoch, self._subscription, config.max_message_bytes)
-        self._names = ForeignNames(record.layout.block_size, seed_of)
+        self._subscription = subscription
+        self._inbox = EventInbox(publisher.epoch, self._subscription, config.max_message_bytes)
+        block_size = publisher.layout.block_size if publisher.layout is not None else 1
+        self._names = ForeignNames(block_size, seed_of)
         self._blocks: Counter[str] = Counter()
         self._todo: deque[Forget | KVEvent | ForeignEvent] = deque()
         self._sockets: SubscriptionSockets | None = None
@@ -83,26 +83,28 @@ class WorkerLink:
         self._perform(self._subscription.on_tick(self._clock.monotonic_s()))
         return bool(self._todo)
 
-    def turn(self, index: OverlapIndex, end_s: float) -> bool:
+    def turn(self, index: EventTarget, end_s: float) -> bool:
         """Apply what waits, then read on, until the clock shows `end_s` or nothing is left.
 
         Returns:
             Whether there is more to do.
         """
+        is_drained = False
         while self._sockets is not None:
             while self._todo:
                 self._apply(self._todo.popleft(), index)
                 if self._clock.monotonic_s() >= end_s:
                     return True
+            if is_drained:
+                return False
             received = self._sockets.read(_MESSAGES_PER_TURN)
+            is_drained = len(received) < _MESSAGES_PER_TURN
             now_s = self._clock.monotonic_s()
             for attempt, frames in received:
                 if attempt is None:
                     self._perform(self._inbox.on_live(frames, now_s))
                 else:
                     self._perform(self._inbox.on_answer(attempt, frames, now_s))
-            if not received:
-                return False
         return False
 
     def totals(self) -> Totals:
@@ -140,7 +142,7 @@ class WorkerLink:
         else:
             self._todo.append(event)
 
-    def _apply(self, todo: Forget | KVEvent | ForeignEvent, index: OverlapIndex) -> None:
+    def _apply(self, todo: Forget | KVEvent | ForeignEvent, index: EventTarget) -> None:
         if isinstance(todo, Forget):
             self._names.clear()
             index.clear(self.slot)

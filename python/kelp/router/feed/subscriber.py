@@ -1,8 +1,8 @@
-"""Keeps the index true to what workers say they hold.
+"""Keeps the index true to what workers, and KV block managers, say they hold.
 
-One `EventFeed` per router. It subscribes to every live worker of the table, applies events on the router's own loop in
-short slices, so that requests never wait for a burst of events or a snapshot, and says per worker how far the index may
-be trusted. What to ask for and when is decided in `router.feed.subscription`.
+One `EventFeed` per router and kind. It subscribes to every live worker of the table, applies events on the router's own
+loop in short slices, so that requests never wait for a burst of events or a snapshot, and says per worker how far the
+index may be trusted. What to ask for and when is decided in `router.feed.subscription`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 
 import zmq
@@ -23,11 +24,10 @@ from kelp.core.hashing import seed_hash
 from kelp.core.metrics import Metrics
 from kelp.core.model_identity import lora_id
 from kelp.core.types import SequenceHash
-from kelp.registry.base import WorkerRecord
-from kelp.router.decision.workers import WorkerTable
 from kelp.router.feed.link import WorkerLink
+from kelp.router.feed.publisher import EventTarget, Publisher, Publishers, publisher_of
+from kelp.router.feed.subscription import Subscription
 from kelp.router.feed.values import SubscriptionState
-from kelp.router.index.base import OverlapIndex
 
 _SLICE_S = 0.002
 _TICK_S = 0.25
@@ -36,8 +36,21 @@ _MAX_SOCKETS = 65_536
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class FeedOptions:
+    """What a router adds to `EventsConfig`.
+
+    Attributes:
+        adapters: Content digest of each LoRA adapter by its name, to name the blocks of foreign engines.
+        ttl_s: See `router.feed.patience`.
+    """
+
+    adapters: Mapping[str, str] = field(default_factory=dict)
+    ttl_s: float = 30.0
+
+
 class EventFeed:
-    """KV events of all workers of a table, into an index. Everything belongs to one event loop.
+    """KV events of all workers (or managers) of a table, into an index. Everything belongs to one event loop.
 
     Usage: `await start()` before or after the table's first `update`, ask `state(slot)` when deciding, `await stop()`.
     It clears the slot in the index when a worker joins and when it leaves.
@@ -48,24 +61,23 @@ class EventFeed:
         config: Limits and waits; with `enabled` false nobody is asked and every worker is approximate.
         metrics: Gets the counters among `kelp_kv_event_*`.
         clock: For silence, deadlines and back-off.
-        adapters: Content digest of each LoRA adapter by its name, to name the blocks of foreign engines.
     """
 
     def __init__(
         self,
-        table: WorkerTable,
-        index: OverlapIndex,
+        table: Publishers,
+        index: EventTarget,
         config: EventsConfig,
         metrics: Metrics,
         clock: Clock,
-        adapters: Mapping[str, str] | None = None,
+        options: FeedOptions | None = None,
     ) -> None:
         self._table = table
         self._index = index
         self._config = config
         self._metrics = metrics
         self._clock = clock
-        self._adapters = dict(adapters or {})
+        self._options = options or FeedOptions()
         self._links: dict[int, WorkerLink] = {}
         self._unreachable: set[int] = set()
         self._ready: dict[int, None] = {}
@@ -111,19 +123,20 @@ class EventFeed:
         if not self._is_running:
             return
         self._index.clear(slot)
-        record = self._table.record(slot)
-        if self._config.enabled and record.events_endpoint:
-            self._follow(slot, record)
+        publisher = publisher_of(self._table.record(slot))
+        if self._config.enabled and publisher.endpoint:
+            self._follow(slot, publisher)
 
-    def _follow(self, slot: int, record: WorkerRecord) -> None:
-        jitter = partial(random.uniform, 0.5, 1.0)
-        link = WorkerLink(slot, record, self._config, self._clock, self._seeds(record), jitter)
+    def _follow(self, slot: int, publisher: Publisher) -> None:
+        can_ask, jitter = bool(publisher.replay_endpoint), partial(random.uniform, 0.5, 1.0)
+        subscription = Subscription(self._config, can_ask, jitter, self._options.ttl_s)
+        link = WorkerLink(slot, publisher, self._config, self._clock, self._seeds(publisher), subscription)
         try:
             link.open(self._context, partial(self._wake, slot))
         except (OSError, zmq.ZMQError) as error:
             # No address, or no descriptor left: the worker lives on expectations, and the router goes on.
             if slot not in self._unreachable:
-                _log.warning("no events from %s (%s): %s", record.worker_id, record.events_endpoint, error)
+                _log.warning("no events from %s (%s): %s", publisher.name, publisher.endpoint, error)
             self._unreachable.add(slot)
             link.close()
             return
@@ -143,8 +156,9 @@ class EventFeed:
             self._report(link)
             link.close()
 
-    def _seeds(self, record: WorkerRecord) -> partial[SequenceHash | None]:
-        return partial(_seed, record.layout.model_id, self._adapters)
+    def _seeds(self, publisher: Publisher) -> partial[SequenceHash | None]:
+        model_id = publisher.layout.model_id if publisher.layout is not None else None
+        return partial(_seed, model_id, self._options.adapters)
 
     def _wake(self, slot: int) -> None:
         """Something came for this slot, or may have come."""
@@ -169,7 +183,7 @@ class EventFeed:
         try:
             return self._links[slot].turn(self._index, end_s)
         except Exception:
-            _log.exception("events of %s not applied, starting over", self._table.record(slot).worker_id)
+            _log.exception("events of %s not applied, starting over", publisher_of(self._table.record(slot)).name)
             self._unfollow(slot)
             self._index.clear(slot)
             return False
@@ -185,8 +199,8 @@ class EventFeed:
             await asyncio.sleep(_TICK_S)
 
     def _look_after(self, slot: int) -> None:
-        record = self._table.record(slot)
-        endpoints = (record.events_endpoint, record.replay_endpoint)
+        publisher = publisher_of(self._table.record(slot))
+        endpoints = (publisher.endpoint, publisher.replay_endpoint)
         link = self._links.get(slot)
         if link is not None and link.endpoints != endpoints:
             self._unfollow(slot)
@@ -195,8 +209,8 @@ class EventFeed:
         if link is not None:
             if link.tick():
                 self._wake(slot)
-        elif self._config.enabled and record.events_endpoint:
-            self._follow(slot, record)
+        elif self._config.enabled and publisher.endpoint:
+            self._follow(slot, publisher)
 
     def _report_all(self) -> None:
         for link in self._links.values():
@@ -209,7 +223,7 @@ class EventFeed:
         link.reported = totals
 
 
-def _seed(model_id: str, adapters: Mapping[str, str], lora_name: str, cache_salt: str) -> SequenceHash | None:
-    if lora_name and lora_name not in adapters:
+def _seed(model_id: str | None, adapters: Mapping[str, str], lora_name: str, cache_salt: str) -> SequenceHash | None:
+    if model_id is None or (lora_name and lora_name not in adapters):
         return None
     return seed_hash(model_id, lora_id(lora_name, adapters.get(lora_name, "")), cache_salt)

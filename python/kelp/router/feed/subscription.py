@@ -3,7 +3,8 @@
 Fed with whatever arrives, in any order and any number of times, it says what to do to the index and what to ask the
 publisher for. Batches are applied once and in order. A gap is filled by a replay; what the replay cannot fill, by a
 snapshot; where there are no snapshots (vLLM, SGLang), everything about the worker is forgotten, because a block whose
-removal was missed would be a lie. A digest that differs from what was applied means a snapshot too.
+removal was missed would be a lie. A digest that differs from what was applied means a snapshot too. A publisher that
+has not kept us in step for long, dead or out of reach, is lost: its blocks are forgotten, and it is asked on.
 
     SNAPSHOT ─► FOLLOW ◄─► REPLAY        a request that fails: WAIT, then again
                   └── digest differs, or the replay has a hole ──► SNAPSHOT
@@ -18,6 +19,7 @@ from kelp.core.kv_events import KVEvent
 from kelp.kv.events.codec import AllBlocksCleared, SnapshotExtension, TierDigest
 from kelp.kv.events.residency import StreamDigest
 from kelp.router.feed.batch_order import BatchOrder
+from kelp.router.feed.patience import Patience
 from kelp.router.feed.snapshot_assembly import SnapshotAssembly
 from kelp.router.feed.values import (
     Action,
@@ -32,10 +34,7 @@ from kelp.router.feed.values import (
     SubscriptionState,
 )
 
-_FIRST_BACKOFF_SHARE = 1 / 40
-_SILENT_INTERVALS = 3
 _MAX_REPLAY_FAILURES = 5
-_MAX_DOUBLINGS = 16
 
 
 class Subscription:
@@ -45,52 +44,48 @@ class Subscription:
         config: Limits and waits.
         can_ask: Whether there is an endpoint to ask for what was missed.
         jitter: Factor on each back-off, so that many subscribers of one worker spread out.
+        ttl_s: See `Patience`.
     """
 
-    def __init__(self, config: EventsConfig, can_ask: bool, jitter: Callable[[], float] = lambda: 1.0) -> None:
+    def __init__(
+        self, config: EventsConfig, can_ask: bool, jitter: Callable[[], float] = lambda: 1.0, ttl_s: float = 30.0
+    ) -> None:
         self.counts = SubscriptionCounts()
         self._config = config
         self._can_ask = can_ask
-        self._jitter = jitter
+        self._patience = Patience(config, jitter, ttl_s)
         self._phase = Phase.FOLLOW
         self._dialect = Dialect.UNKNOWN
         self._wants_snapshot = can_ask
         self._order = BatchOrder(config.max_buffered_batches)
         self._snapshot = SnapshotAssembly()
         self._digest = StreamDigest()
-        self._is_complete = False
-        self._has_short_memory = False
-        self._num_mistrusts = 0
-        self._is_doubtful = False
-        self._last_ts = float("-inf")
+        self._is_complete = self._has_short_memory = self._is_doubtful = self._is_lost = False
         self._attempt = 0
         self._has_progressed = False
-        self._num_failures = 0
         self._alarm_s = float("inf")
-        self._heard_s = 0.0
-        self._digest_interval_s: float | None = None
 
     @property
     def state(self) -> SubscriptionState:
         """See `SubscriptionState`."""
-        if not self._can_ask and not self._is_complete:
+        if self._is_lost or (not self._can_ask and not self._is_complete):
             return SubscriptionState.APPROXIMATE
-        if self._order.next_seq is None or self._order.is_behind or self._is_doubtful or self._num_failures:
+        if self._order.next_seq is None or self._order.is_behind or self._is_doubtful or self._patience.num_failures:
             return SubscriptionState.RECOVERING
         return SubscriptionState.LIVE if self._is_complete else SubscriptionState.APPROXIMATE
 
     def start(self, now_s: float) -> list[Action]:
         """Begin; nothing is known about the worker."""
-        self._heard_s = now_s
+        self._patience.settle(now_s)
         return self._ask(now_s) if self._can_ask else []
 
     def on_batch(self, batch: Batch, now_s: float) -> list[Action]:
         """A batch came by itself."""
         if batch.is_foreign and self._dialect is Dialect.OWN:
             return []
-        self._heard_s = now_s
+        self._hear(now_s)
         actions = self._hear_dialect(Dialect.FOREIGN if batch.is_foreign else Dialect.OWN, now_s)
-        if self._is_restart(batch):
+        if self._order.is_restart(batch):
             self.counts.num_restarts += 1
             self._order.clear()
             actions += [Forget(), *self._follow_from_start(now_s)]
@@ -98,20 +93,20 @@ class Subscription:
             self._order.go_on_at(batch.seq)
             self._is_complete = batch.seq == 0
         self._order.put(batch)
-        return actions + self._advance(now_s)
+        return actions + self._advance(now_s) + self._find(now_s)
 
     def on_digest(self, as_of: int, tiers: Sequence[TierDigest], interval_s: float, now_s: float) -> list[Action]:
         """The publisher says what its batches up to `as_of` add up to."""
-        self._heard_s = now_s
-        self._digest_interval_s = interval_s
+        self._hear(now_s)
+        self._patience.digest_interval_s = interval_s
         actions = self._hear_dialect(Dialect.OWN, now_s)
         if self._order.next_seq is None:
-            return actions
+            return actions + self._find(now_s)
         self._order.hear_of(as_of)
         if self._phase is not Phase.FOLLOW or as_of != self._order.next_seq - 1 or not self._is_complete:
             return actions + self._advance(now_s)
         if tuple(tiers) == self._digest.tiers():
-            self._num_mistrusts = 0
+            self._patience.num_mistrusts = 0
             return actions
         self.counts.num_drifts += 1
         return actions + self._mistrust(now_s)
@@ -162,8 +157,9 @@ class Subscription:
         if attempt != self._attempt or self._phase not in (Phase.REPLAY, Phase.SNAPSHOT):
             return []
         self.counts.num_failures += 1
-        self._num_failures += 1
-        if not self._gives_snapshots and self._order.is_behind and self._num_failures >= _MAX_REPLAY_FAILURES:
+        self._patience.num_failures += 1
+        has_failed = self._patience.num_failures >= _MAX_REPLAY_FAILURES
+        if has_failed and not self._gives_snapshots and self._order.is_behind:
             return self._skip(now_s)
         self._wait(now_s)
         return self._advance(now_s)
@@ -171,10 +167,12 @@ class Subscription:
     def on_tick(self, now_s: float) -> list[Action]:
         """Time has passed."""
         if self._phase is not Phase.FOLLOW:
+            if not self._is_lost and self._patience.is_over(now_s):
+                return self._lose(now_s)
             if now_s < self._alarm_s:
                 return []
             return self._ask(now_s) if self._phase is Phase.WAIT else self.on_failed(self._attempt, now_s)
-        if not self._can_ask or now_s < self._heard_s + self._patience_s:
+        if not self._can_ask or not self._patience.is_silence(now_s):
             return []
         is_settled = self._is_complete or self._has_short_memory
         return self._ask(now_s) if is_settled else [Forget(), *self._follow_from_start(now_s)]
@@ -183,14 +181,27 @@ class Subscription:
     def _gives_snapshots(self) -> bool:
         return self._can_ask and self._dialect is not Dialect.FOREIGN
 
-    @property
-    def _patience_s(self) -> float:
-        if self._digest_interval_s is None:
-            return self._config.audit_interval_s
-        return self._digest_interval_s * _SILENT_INTERVALS
+    def _hear(self, now_s: float) -> None:
+        self._patience.hear(now_s, is_in_step=self._phase is Phase.FOLLOW)
+
+    def _lose(self, now_s: float) -> list[Action]:
+        """What was known may be long untrue: forget it."""
+        self._is_lost = True
+        self.counts.num_lost += 1
+        self._is_complete = False
+        if self._gives_snapshots:
+            self._order.clear()
+            self._wants_snapshot = True
+            if self._phase is Phase.REPLAY:
+                self._wait(now_s)
+        return [Forget()]
+
+    def _find(self, now_s: float) -> list[Action]:
+        """Who was lost has spoken: he had better be asked now."""
+        return self._ask(now_s) if self._is_lost and self._phase is Phase.WAIT else []
 
     def _hear_answer(self, now_s: float) -> None:
-        self._heard_s = now_s
+        self._hear(now_s)
         self._alarm_s = now_s + self._config.request_timeout_s
 
     def _hear_dialect(self, dialect: Dialect, now_s: float) -> list[Action]:
@@ -203,13 +214,6 @@ class Subscription:
             return self._follow_from_start(now_s)
         return self._ask_for_all(now_s) if was is Dialect.FOREIGN and self._can_ask else []
 
-    def _is_restart(self, batch: Batch) -> bool:
-        """Foreign engines have no epochs: an old number with a new time comes from a new process."""
-        next_seq = self._order.next_seq
-        if not batch.is_foreign or next_seq is None or batch.events is None:
-            return False
-        return batch.seq < next_seq and batch.ts > self._last_ts
-
     def _advance(self, now_s: float) -> list[Action]:
         """Apply what is in order; ask for what is missing."""
         if self._phase is Phase.SNAPSHOT:
@@ -217,7 +221,6 @@ class Subscription:
         actions: list[Action] = []
         while (batch := self._order.pop()) is not None:
             self._has_progressed = True
-            self._last_ts = max(self._last_ts, batch.ts)
             if batch.events is None:
                 actions += self._mistrust(now_s)
                 continue
@@ -233,7 +236,7 @@ class Subscription:
 
     def _mistrust(self, now_s: float) -> list[Action]:
         """What was applied differs from what was meant; asked for anew, ever less often if that does not help."""
-        self._num_mistrusts += 1
+        self._patience.num_mistrusts += 1
         if not self._gives_snapshots:
             self._is_complete = False
             return [Forget()]
@@ -253,12 +256,11 @@ class Subscription:
         return [Forget(), *self._advance(now_s)]
 
     def _settle(self, now_s: float) -> None:
-        self._phase, self._num_failures, self._is_doubtful, self._heard_s = Phase.FOLLOW, 0, False, now_s
+        self._patience.settle(now_s)
+        self._phase, self._is_doubtful, self._is_lost = Phase.FOLLOW, False, False
 
     def _wait(self, now_s: float) -> None:
-        exponent = min(self._num_failures + self._num_mistrusts - 1, _MAX_DOUBLINGS)
-        wait_s = self._config.max_backoff_s * min(1.0, _FIRST_BACKOFF_SHARE * 2.0**exponent)
-        self._phase, self._alarm_s = Phase.WAIT, now_s + wait_s * self._jitter()
+        self._phase, self._alarm_s = Phase.WAIT, now_s + self._patience.backoff_s()
         self._snapshot.take()
 
     def _ask_for_all(self, now_s: float) -> list[Action]:
@@ -280,7 +282,6 @@ class Subscription:
 
     def _follow_from_start(self, now_s: float) -> list[Action]:
         """A foreign engine's first batches, if it still has them, are the whole truth."""
-        self._last_ts = float("-inf")
         self._has_short_memory = False
         if not self._can_ask:
             return []

@@ -15,7 +15,7 @@ class SubscriptionState(str, enum.Enum):
     """How far the index may be trusted about a worker.
 
     `LIVE`: it holds what the worker holds, but for messages on their way. `RECOVERING`: something was missed and has
-    been asked for. `APPROXIMATE`: what it holds is true, but not all; or the worker does not publish.
+    been asked for. `APPROXIMATE`: what it holds is true, but not all; or the worker does not publish (any more).
     """
 
     LIVE = "live"
@@ -89,6 +89,7 @@ class SubscriptionCounts:
     num_drifts: int = 0
     num_restarts: int = 0
     num_failures: int = 0
+    num_lost: int = 0
 
     def by_kind(self) -> dict[str, int]:
         """The same by the label that metrics give each."""
@@ -99,4 +100,5 @@ class SubscriptionCounts:
             "drift": self.num_drifts,
             "restart": self.num_restarts,
             "failure": self.num_failures,
+            "lost": self.num_lost,
         }

@@ -13,12 +13,13 @@ from kelp.core.types import SequenceHash
 
 
 class Matches(NamedTuple):
-    """Workers that hold at least the first block of a prompt in some tier, or are expected to.
+    """Workers that have at least the first block of a prompt in some tier, or are expected to.
 
     Attributes:
         slots: `[num_workers] intp`, `router.decision.workers` slots, no order promised.
         blocks: `[num_workers, num_tiers] int32`: leading blocks of the prompt that lie in this tier or a faster one,
-            so rows never decrease; a block that is missing in all tiers ends the count.
+            so rows never decrease; a block that is missing in all tiers ends the count. Lower tiers are the worker's
+            own and those of its KV block manager: each block may lie in either.
         predicted: `[num_workers] int32`: leading blocks counted on the strength of a prediction alone; at most
             `blocks[:, 0]`, which includes them.
     """

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from itertools import repeat
 
 from kelp.core.types import SequenceHash
-from kelp.router.index.chains import Chain, Reach, Span, guess_offset, neighbours
+from kelp.router.index.chains import NUM_TIERS, Chain, Reach, Span, cell_of, guess_offset, neighbours
+from kelp.router.index.sharing import Sharing
 
 MAX_CHAIN_BLOCKS = 512
 """Bounds what one bitmap operation and one search cost."""
@@ -26,12 +27,14 @@ class ChainStore:
 
     Attributes:
         blocks: Every block that somebody holds, and those before it in its chain.
+        sharing: Whose blocks count for whom; to be changed by `share`.
         num_cells: Pairs of a chain and a cell that holds some of it.
         num_levels: Entries of all cached `Chain.reach`.
     """
 
     def __init__(self) -> None:
         self.blocks: dict[SequenceHash, Chain] = {}
+        self.sharing = Sharing()
         self.num_cells = 0
         self.num_levels = 0
         self._chains: OrderedDict[Chain, None] = OrderedDict()
@@ -144,6 +147,17 @@ class ChainStore:
         self.cache(chain, None)
         if before.bit_length() == len(chain.hashes) and after.bit_length() < len(chain.hashes):
             self._trim(chain)
+
+    def share(self, slot: int, holder: int | None) -> None:
+        """What `holder` has counts for `slot` as well, instead of what the one before it has."""
+        before = self.sharing.holder_of(slot)
+        if before == holder:
+            return
+        self.sharing.assign(slot, holder)
+        for kind in range(NUM_TIERS):
+            for changed in (before, holder):
+                for chain in self._chains_of.get(cell_of(changed, kind), ()) if changed is not None else ():
+                    self.cache(chain, None)
 
     def cache(self, chain: Chain, reach: tuple[Reach, ...] | None) -> None:
         """Set `Chain.reach`."""

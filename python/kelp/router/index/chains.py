@@ -23,7 +23,7 @@ _KIND_MASK = (1 << _KIND_BITS) - 1
 
 
 def cell_of(slot: int, kind: int) -> int:
-    """Key of what one worker has in one tier (or is expected to have)."""
+    """Key of what one worker or manager (`sharing`) has in one tier, or is expected to have."""
     return slot << _KIND_BITS | kind
 
 
@@ -35,6 +35,11 @@ def slot_of(cell: int) -> int:
 def kind_of(cell: int) -> int:
     """Inverse of `cell_of`."""
     return cell & _KIND_MASK
+
+
+def is_device(cell: int) -> bool:
+    """Whether this is what a worker has in `Tier.DEVICE`."""
+    return cell >= 0 and not cell & _KIND_MASK
 
 
 Reach = list[tuple[int, int]]

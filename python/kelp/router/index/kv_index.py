@@ -4,6 +4,9 @@ The answer is exact: equal to asking every worker for every block. Where the bud
 prompt has matched for longest are forgotten whole. Then workers have more than the index says, never less, those
 workers count as truncated, and their later events are taken as far as blocks are still known.
 
+A KV block manager's blocks are here once, under a slot of its own (`index.sharing`), and count for each worker whose
+lower tiers it keeps.
+
 Must not know of requests, wire formats or the network.
 """
 
@@ -151,6 +154,16 @@ class KVIndex:
             self._shed()
         return matches
 
+    def share(self, slot: int, holder: int | None) -> None:
+        """The lower tiers of a worker are kept by a manager from now on; None: by nobody.
+
+        Args:
+            slot: The worker's.
+            holder: The manager's: see `index.sharing.shared_slot`.
+        """
+        self._meet(slot)
+        self._store.share(slot, holder)
+
     def holdings(self, slot: int, tier: Tier) -> Iterator[SequenceHash]:
         """Blocks that a worker is known to hold in exactly this tier, in no particular order."""
         cell = cell_of(slot, tier)
@@ -232,6 +245,9 @@ class KVIndex:
         sets = self._slot_sets
         table = np.zeros((len(depths), self._num_slots), np.int32)
         for view, found in enumerate(depths):
+            if view and found is depths[view - 1]:
+                table[view] = table[view - 1]
+                continue
             for depth, mask in found:
                 table[view, sets[mask]] = depth
         slots = table[Tier.OBJECT].nonzero()[0]

@@ -13,7 +13,17 @@ from typing import Protocol
 
 import msgspec
 
-from kelp.router.replicas.messages import ActiveLoad, Add, Delta, Deltas, Free, PrefillDone, Renew, Snapshot
+from kelp.router.replicas.messages import (
+    MAX_ENTRIES,
+    ActiveLoad,
+    Add,
+    Delta,
+    Deltas,
+    Free,
+    PrefillDone,
+    Renew,
+    Snapshot,
+)
 
 _MAX_EARLY = 256
 
@@ -73,13 +83,14 @@ class OwnLoads:
 
     def renew(self) -> None:
         """Vouch for everything that runs."""
-        if self._loads:
-            self._pending.append(Renew(tuple(self._loads)))
+        names = tuple(self._loads)
+        for start in range(0, len(names), MAX_ENTRIES):
+            self._pending.append(Renew(names[start : start + MAX_ENTRIES]))
 
     def message(self) -> Deltas:
-        """The next message: all news, or a heartbeat."""
+        """The next message: all news that one can hold, or a heartbeat."""
         self._seq += 1
-        deltas, self._pending = tuple(self._pending), []
+        deltas, self._pending = tuple(self._pending[:MAX_ENTRIES]), self._pending[MAX_ENTRIES:]
         return Deltas(self.router_id, self.epoch, self._seq, deltas)
 
     def snapshot(self) -> Snapshot:
@@ -95,18 +106,24 @@ class _Entry:
 
 @dataclass(slots=True)
 class _Peer:
-    """One other router; `next_seq` None until a snapshot, or its very first message, gave a place to start from."""
+    """One other router.
+
+    Attributes:
+        next_seq: None until a snapshot, or its very first message, gave a place to start from.
+        is_incomplete: It vouched for a request that is not known here (any more).
+    """
 
     epoch: int
     heard_s: float
     next_seq: int | None = None
     entries: dict[str, _Entry] = field(default_factory=dict)
     early: dict[int, Deltas] = field(default_factory=dict)
+    is_incomplete: bool = False
 
     @property
     def is_behind(self) -> bool:
         """Whether messages are missing."""
-        return self.next_seq is None or bool(self.early)
+        return self.next_seq is None or self.is_incomplete or bool(self.early)
 
 
 class PeerLoads:
@@ -158,7 +175,7 @@ class PeerLoads:
             self._drop(snapshot.router_id, peer, request_id)
         for load in loads.values():
             self._put(snapshot.router_id, peer, load, now_s)
-        peer.next_seq = snapshot.seq + 1
+        peer.next_seq, peer.is_incomplete = snapshot.seq + 1, False
         peer.early = {seq: message for seq, message in peer.early.items() if seq > snapshot.seq}
         self._catch_up(snapshot.router_id, peer, now_s)
 
@@ -217,6 +234,8 @@ class PeerLoads:
                 if (entry := peer.entries.get(request_id)) is not None:
                     entry.renewed_s = now_s
                     self._sink.peer_renewed(_peer_id(router_id, request_id))
+                else:
+                    peer.is_incomplete = True
 
     def _put(self, router_id: str, peer: _Peer, load: ActiveLoad, now_s: float) -> None:
         old = peer.entries.get(load.request_id)

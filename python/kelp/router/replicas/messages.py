@@ -8,11 +8,15 @@ import msgspec
 
 from kelp.core.errors import ProtocolError
 
+MAX_ENTRIES = 1 << 17
+"""In one message: what fits into the bytes that a link takes."""
+
 _Id = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 _Number = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 _Amount = Annotated[float, msgspec.Meta(ge=0, le=1e18)]
 _Key = tuple[_Id, _Id]
+_Few = msgspec.Meta(max_length=MAX_ENTRIES)
 
 
 class ActiveLoad(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -55,7 +59,7 @@ class Free(msgspec.Struct, frozen=True, tag="free", forbid_unknown_fields=True):
 class Renew(msgspec.Struct, frozen=True, tag="renew", forbid_unknown_fields=True):
     """These still run."""
 
-    request_ids: tuple[_Id, ...]
+    request_ids: Annotated[tuple[_Id, ...], _Few]
 
 
 Delta = Add | PrefillDone | Free | Renew
@@ -72,7 +76,7 @@ class Deltas(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     router_id: _Id
     epoch: _Number
     seq: _Number
-    deltas: tuple[Delta, ...]
+    deltas: Annotated[tuple[Delta, ...], _Few]
 
 
 class Snapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -81,7 +85,7 @@ class Snapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     router_id: _Id
     epoch: _Number
     seq: _Number
-    loads: tuple[ActiveLoad, ...]
+    loads: Annotated[tuple[ActiveLoad, ...], _Few]
 
 
 MessageT = TypeVar("MessageT")
@@ -95,7 +99,7 @@ def decode(kind: type[MessageT], raw: bytes) -> MessageT:
     """
     try:
         return msgspec.msgpack.decode(raw, type=kind)
-    except (msgspec.ValidationError, msgspec.DecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"{kind.__name__} of another router: {error}") from None
 
 

@@ -25,7 +25,8 @@ class _PeerRequest:
 class PeerLoad:
     """Belongs to one event loop.
 
-    A request on a worker that this router has not met yet is counted as soon as it has.
+    A request on a worker that this router has not met yet is counted as soon as it has; one on a worker that has left
+    is kept by `Load`.
     """
 
     def __init__(self, table: WorkerTable, load: Load, rates: Rates, clock: Clock) -> None:

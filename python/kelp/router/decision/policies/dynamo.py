@@ -42,7 +42,7 @@ class DynamoPolicy:
 
     def cost(self, costs: Costs) -> npt.NDArray[np.float64]:
         """`[n]`, blocks."""
-        prompt_tokens = costs.request.num_prompt_tokens if costs.computes_prompt else 0
+        prompt_tokens = costs.num_prompt_tokens if costs.computes_prompt else 0
         raw = (costs.pending_tokens + prompt_tokens) / costs.block_size
         prefill = np.maximum(raw - self._credit(costs), 0.0) if costs.computes_prompt else raw
         blocks = self.prefill_load_scale * prefill + costs.kv_tokens / costs.block_size

@@ -32,6 +32,6 @@ class SGLangPolicy:
         if longest - shortest > self.balance_abs_threshold and longest > shortest * self.balance_rel_threshold:
             return lowest(costs.active, rng, self.temperature)
         matched = costs.overlap * costs.block_size
-        if float(matched.max()) > self.cache_threshold * costs.request.num_prompt_tokens:
+        if float(matched.max()) > self.cache_threshold * costs.num_prompt_tokens:
             return lowest(-matched, rng, self.temperature)
         return lowest(costs.placed_tokens, rng, self.temperature)
