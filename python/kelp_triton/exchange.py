@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import logging
 import threading
 from typing import Any
 
 import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
 
-from kelp.core.errors import InternalError, KelpError
+from kelp.core.errors import KelpError
 from kelp.core.exchange import Tensors
-
-_log = logging.getLogger(__name__)
 
 
 def _triton_error(error: KelpError) -> Any:
@@ -82,11 +79,3 @@ class Exchange:
     def _let_go(self) -> None:
         # Their destructors talk to the server: run after the stub has taken its shared memory down, they crash it.
         self._request = self._sender = None
-
-
-def as_kelp_error(error: BaseException) -> KelpError:
-    """The typed form of anything that reached the outermost guard."""
-    if isinstance(error, KelpError):
-        return error
-    _log.error("unexpected error", exc_info=error)
-    return InternalError(f"{type(error).__name__}: {error}")

@@ -26,6 +26,7 @@ class MetricsExporter:
         self._families: dict[str, Any] = {}
         self._series: dict[tuple[MetricFamily, Labels], Any] = {}
         self._stopping = threading.Event()
+        self._has_failed = False
         self._thread = threading.Thread(target=self._run, name="kelp-metrics", daemon=True)
         self._thread.start()
 
@@ -50,13 +51,24 @@ class MetricsExporter:
     def _flush(self) -> None:
         counters, gauges, observations = self._metrics.take()
         for key, value in counters.items():
-            self._metric(key).increment(value)
+            self._update(key, "increment", [value])
         for key, value in gauges.items():
-            self._metric(key).set(value)
+            self._update(key, "set", [value])
         for key, values in observations.items():
-            metric = self._metric(key)
+            self._update(key, "observe", values)
+
+    def _update(self, key: tuple[MetricFamily, Labels], action: str, values: list[float]) -> None:
+        try:
+            update = getattr(self._metric(key), action)
             for value in values:
-                metric.observe(value)
+                update(value)
+        except pb_utils.TritonModelException:
+            raise
+        except Exception:
+            # The thread's guard: one series that cannot be exported must not end the others.
+            if not self._has_failed:
+                _log.exception("%s is not exported, perhaps others; this is said once", key[0].name)
+            self._has_failed = True
 
     def _metric(self, key: tuple[MetricFamily, Labels]) -> Any:
         if key not in self._series:

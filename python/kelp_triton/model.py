@@ -12,12 +12,16 @@ from typing import Any
 
 from kelp.core.config import KelpConfig, load_config
 from kelp.core.errors import WorkerLost
+from kelp.core.exchange import as_kelp_error
 from kelp.core.metrics import Metrics
-from kelp_triton.exchange import Exchange, as_kelp_error
+from kelp.core.schema_types import RESTART_PARAMETER
+from kelp_triton.exchange import Exchange
 from kelp_triton.loop import LoopThread
 from kelp_triton.metrics import MetricsExporter
 
 _log = logging.getLogger(__name__)
+_GC_THRESHOLDS = (20_000, 20, 20)
+"""Requests leave hardly any cycles: with Python's own 700 a collection, for nothing, comes with every second one."""
 _START_TIMEOUT_S = 300.0
 _STOP_TIMEOUT_S = 15.0
 
@@ -34,6 +38,7 @@ class KelpModel:
         logging.basicConfig(stream=sys.stderr, format=f"%(levelname).1s kelp {args['model_name']}: %(message)s")
         document = json.loads(args["model_config"])
         parameters = {key: value["string_value"] for key, value in document.get("parameters", {}).items()}
+        parameters.pop(RESTART_PARAMETER, None)
         self.model_name = args["model_name"]
         self.instance_name = args.get("model_instance_name", self.model_name)
         self.config: KelpConfig = load_config(parameters)
@@ -48,6 +53,7 @@ class KelpModel:
         # What has been loaded stays: collections need not look at it again, which takes longer than most requests.
         gc.collect()
         gc.freeze()
+        gc.set_threshold(*_GC_THRESHOLDS)
 
     def execute(self, requests: list[Any]) -> None:
         """Hand every request to the loop."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from kelp.build.worker import build_worker
 from kelp.core.types import Role
-from kelp.worker.service import WorkerIdentity
+from kelp.worker.parts import WorkerIdentity
 from kelp_triton.exchange import Exchange
 from kelp_triton.model import KelpModel
 from kelp_triton.server import parent_flags

@@ -24,6 +24,10 @@ SETTINGS: dict[str, object] = {
 every prompt is handed over, paying or not."""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kv-kills", type=int, default=3, help="how often the KV block manager is killed under load")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     for item in items:

@@ -22,6 +22,7 @@ from kelp.core.types import Role
 from support.llm_client import Call
 from support.serving import HOST, KelpServer, why_not
 from support.waiting import wait_until
+from support.worker_outputs import WorkerRequest
 
 QUESTION: dict[str, object] = {"text_input": "The capital of France is", "max_tokens": 4}
 STORY = "Once upon a time there was a river that ran from the hills to the sea. "
@@ -173,7 +174,7 @@ class DirectRequest:
         record = server.records()[role.value]
         self._client = GrpcWorkerClient()
         address = WorkerAddress(record.endpoint, record.model_name)
-        self._stream = self._client.generate(address, command, PROMPT)
+        self._stream = WorkerRequest(self._client, address, command, PROMPT)
 
     async def outputs(self) -> list[WorkerOutput]:
         """Everything the worker says.

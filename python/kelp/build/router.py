@@ -5,18 +5,21 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+from kelp.client.base import WorkerClient
+from kelp.client.direct.dialling import Dialling
 from kelp.client.grpc import GrpcWorkerClient
+from kelp.client.workers import ShortestWay
 from kelp.core.cancel_watch import CancelWatch
 from kelp.core.clock import SystemClock
 from kelp.core.config import KelpConfig
 from kelp.core.metrics import Metrics
 from kelp.core.outbox import Outbox
-from kelp.registry.directory import DirectoryRegistry, RouterDirectory
-from kelp.registry.view import RegistryView
+from kelp.registry.directory import DirectoryRegistry, KvManagerDirectory, RouterDirectory
+from kelp.registry.view import RecordsView, RegistryView
 from kelp.router.attempt import AttemptParts
 from kelp.router.relay import RelayItem
 from kelp.router.service import Preprocess, RouterParts, RouterService, StreamCloser
-from kelp.router.stack import RoutingStack
+from kelp.router.stack import Registries, RoutingStack
 from kelp.text.detokenizer import Detokenizer, new_detokenizer
 from kelp.text.stop_words import StopWords
 from kelp.text.tokenizer import Tokenizer
@@ -40,6 +43,12 @@ class ModelText:
         return StopWords(words)
 
 
+def build_client(config: KelpConfig) -> WorkerClient:
+    """Connections to workers; made on the event loop that uses them."""
+    triton = GrpcWorkerClient()
+    return ShortestWay(Dialling(), triton) if config.direct.enabled else triton
+
+
 class RouterAssembly:
     """The router with everything that runs beside it; made and used on one event loop."""
 
@@ -48,11 +57,11 @@ class RouterAssembly:
         folder, expiry_s = config.registry.path, config.registry.expiry_s
         routers = RouterDirectory(folder, expiry_s)
         routers.sweep()
-        view = RegistryView(
-            DirectoryRegistry(folder, expiry_s), config.registry.heartbeat_s / _VIEW_REFRESHES_PER_HEARTBEAT
-        )
-        self._stack = RoutingStack(config, router_id, view, routers, clock, metrics)
-        self._client = GrpcWorkerClient()
+        refresh_s = config.registry.heartbeat_s / _VIEW_REFRESHES_PER_HEARTBEAT
+        view = RegistryView(DirectoryRegistry(folder, expiry_s), refresh_s)
+        managers = RecordsView(KvManagerDirectory(folder, expiry_s).snapshot, refresh_s)
+        self._stack = RoutingStack(config, router_id, Registries(view, managers, routers), clock, metrics)
+        self._client = build_client(config)
         self._closer = StreamCloser()
         self._outbox: Outbox[RelayItem] = Outbox("kelp-relay")
         self._cancel_watch = CancelWatch(config.router.cancel_poll_s)

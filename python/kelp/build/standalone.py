@@ -11,15 +11,18 @@ from kelp.core.config import KelpConfig
 from kelp.core.errors import NotFound
 from kelp.core.metrics import Metrics
 from kelp.core.types import Tier
-from kelp.registry.directory import DirectoryRegistry, RouterDirectory
-from kelp.registry.memory import JoinedRegistry, MemoryRegistry
-from kelp.registry.view import RegistryView
+from kelp.registry.base import KvManagerRecord
+from kelp.registry.directory import DirectoryRegistry, KvManagerDirectory, RouterDirectory
+from kelp.registry.memory import JoinedRecords, JoinedRegistry, MemoryRecords, MemoryRegistry
+from kelp.registry.view import RecordsView, RegistryView
 from kelp.router.api.exposition import Exposition
-from kelp.router.api.messages import Dump, DumpRequest
+from kelp.router.api.messages import Dump, DumpRequest, ManagerView
 from kelp.router.api.operations import ApiParts, Operations
 from kelp.router.api.reservations import Reservations
 from kelp.router.api.server import RouterServer
-from kelp.router.stack import RoutingStack
+from kelp.router.index.sharing import shared_slot
+from kelp.router.lower_tiers import LowerTiers
+from kelp.router.stack import Registries, RoutingStack
 
 _VIEW_REFRESHES_PER_HEARTBEAT = 4
 _PAGE_BLOCKS = 16_384
@@ -35,13 +38,15 @@ def build_router_server(config: KelpConfig, name: str) -> RouterServer:
     clock, metrics = SystemClock(), Metrics()
     folder, expiry_s = config.registry.path, config.registry.expiry_s
     registered = MemoryRegistry(expiry_s, clock)
+    registered_managers: MemoryRecords[KvManagerRecord] = MemoryRecords(expiry_s, clock)
     routers = RouterDirectory(folder, expiry_s)
     routers.sweep()
-    view = RegistryView(
-        JoinedRegistry(registered, DirectoryRegistry(folder, expiry_s)),
-        config.registry.heartbeat_s / _VIEW_REFRESHES_PER_HEARTBEAT,
-    )
-    stack = RoutingStack(config, f"{socket.gethostname()}/{name}", view, routers, clock, metrics)
+    refresh_s = config.registry.heartbeat_s / _VIEW_REFRESHES_PER_HEARTBEAT
+    view = RegistryView(JoinedRegistry(registered, DirectoryRegistry(folder, expiry_s)), refresh_s)
+    all_managers = JoinedRecords(registered_managers, KvManagerDirectory(folder, expiry_s))
+    managers = RecordsView(all_managers.snapshot, refresh_s)
+    registries = Registries(view, managers, routers)
+    stack = RoutingStack(config, f"{socket.gethostname()}/{name}", registries, clock, metrics)
     routing = config.routing
     reservations = Reservations(stack.ledger, clock, routing.reservation_ttl_s, routing.lease_ttl_s)
     parts = ApiParts(
@@ -49,21 +54,40 @@ def build_router_server(config: KelpConfig, name: str) -> RouterServer:
         table=stack.table,
         reservations=reservations,
         registry=registered,
-        refresh=lambda: _soon(view),
+        managers=registered_managers,
+        view_managers=lambda: _view_managers(stack.lower_tiers),
+        refresh=lambda: _soon(view, managers),
         dump=lambda asked: _dump(stack, reservations, asked),
         clock=clock,
     )
     return RouterServer(Operations(parts), stack, Exposition(metrics))
 
 
-def _soon(view: RegistryView) -> None:
-    refreshing = asyncio.ensure_future(view.refresh())
-    refreshing.add_done_callback(lambda task: task.exception())
+def _soon(*views: RegistryView | RecordsView[KvManagerRecord]) -> None:
+    for view in views:
+        refreshing = asyncio.ensure_future(view.refresh())
+        refreshing.add_done_callback(lambda task: task.exception())
+
+
+def _view_managers(lower_tiers: LowerTiers) -> tuple[ManagerView, ...]:
+    managers = lower_tiers.managers
+    return tuple(
+        ManagerView(
+            manager_id=(record := managers.record(number)).manager_id,
+            epoch=record.epoch,
+            host=record.host,
+            endpoint=record.endpoint,
+            events=lower_tiers.feed.state(number).value,
+        )
+        for number in managers.slots()
+    )
 
 
 def _dump(stack: RoutingStack, reservations: Reservations, asked: DumpRequest) -> Dump:
     index, table = stack.index, stack.table
+    managers = stack.lower_tiers.managers
     slots = {table.record(slot).worker_id: slot for slot in table.slots()}
+    slots |= {managers.record(number).manager_id: shared_slot(number) for number in managers.slots()}
     hashes: tuple[tuple[str, ...], ...] = ()
     if asked.worker_id:
         if asked.worker_id not in slots:
@@ -80,8 +104,7 @@ def _dump(stack: RoutingStack, reservations: Reservations, asked: DumpRequest) -
             "num_approximate_workers": stack.num_approximate,
         },
         num_blocks={
-            worker_id: tuple(sum(1 for _ in index.holdings(slot, tier)) for tier in Tier)
-            for worker_id, slot in slots.items()
+            holder: tuple(sum(1 for _ in index.holdings(slot, tier)) for tier in Tier) for holder, slot in slots.items()
         },
         hashes=hashes,
     )

@@ -5,19 +5,23 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 
+from kelp.client.grpc.kv_manager import GrpcKvManagerClient
 from kelp.core.clock import SystemClock
 from kelp.core.config import KelpConfig
 from kelp.core.metrics import Metrics
-from kelp.executor.base import Executor
+from kelp.executor.base import TieredExecutor
 from kelp.kv.events import EventPublisher
 from kelp.kv.handoff import HandoffReader, HandoffServer
-from kelp.registry.directory import DirectoryRegistry
+from kelp.registry.directory import DirectoryRegistry, KvManagerDirectory
 from kelp.transport import open_agent
+from kelp.transport.base import Agent
 from kelp.transport.layout import describe_pool, pool_region
-from kelp.worker.service import WorkerIdentity, WorkerParts, WorkerService
+from kelp.worker.parts import WorkerIdentity, WorkerParts
+from kelp.worker.service import WorkerService
+from kelp.worker.tiers import TierParts, WorkerTiers
 
 
-def build_executor(config: KelpConfig) -> Executor:
+def build_executor(config: KelpConfig) -> TieredExecutor:
     """The engine of one worker; loads the weights."""
     if config.executor.engine == "mock":
         from kelp.executor.mock.load import load_mock_executor
@@ -52,5 +56,23 @@ def build_worker(identity: WorkerIdentity, config: KelpConfig, metrics: Metrics)
         clock=clock,
         metrics=metrics,
         events=events,
+        tiers=_tiers(identity, config, executor, agent, metrics) if config.kv_manager.enabled else None,
     )
     return WorkerService(identity, parts, config)
+
+
+def _tiers(
+    identity: WorkerIdentity, config: KelpConfig, executor: TieredExecutor, agent: Agent, metrics: Metrics
+) -> WorkerTiers:
+    parts = TierParts(
+        key=(identity.worker_id, identity.epoch),
+        name=identity.model_name,
+        executor=executor,
+        agent=agent,
+        client=GrpcKvManagerClient(),
+        managers=KvManagerDirectory(config.registry.path, config.registry.expiry_s).snapshot,
+        clock=SystemClock(),
+        metrics=metrics,
+        config=config,
+    )
+    return WorkerTiers(parts)

@@ -5,78 +5,56 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from kelp.core.cancel_watch import CancelWatch
-from kelp.core.clock import Clock
 from kelp.core.config import KelpConfig
-from kelp.core.errors import InvalidRequest, KelpError, RequestCancelled, WorkerLost
-from kelp.core.exchange import Exchange, Tensors
-from kelp.core.messages import WORKER_COMMAND, CancelCommand, DrainCommand, Finished, GenerateCommand, WorkerStatus
-from kelp.core.metrics import ACCEPTED_TOKENS, BLOCKS, DRAFT_TOKENS, LEASES, RUNNING, Metrics
+from kelp.core.errors import KelpError, RequestCancelled, WorkerLost
+from kelp.core.exchange import Exchange
+from kelp.core.messages import CancelCommand, DrainCommand, Finished, GenerateCommand, StatusCommand, WorkerStatus
+from kelp.core.metrics import ACCEPTED_TOKENS, BLOCKS, DRAFT_TOKENS, LEASES, RUNNING
 from kelp.core.outbox import Outbox
 from kelp.core.types import Role, SequenceHash, WorkerState
-from kelp.core.wire import decode_message, encode_message
-from kelp.executor.base import Executor, ExecutorRequest
-from kelp.kv.events import EventPublisher
-from kelp.kv.handoff import HandoffReader, HandoffServer
-from kelp.registry.base import LayoutRecord, Registry, WorkerRecord
-from kelp.transport.base import Agent
+from kelp.core.wire import encode_message
+from kelp.executor.base import ExecutorRequest
+from kelp.registry.base import LayoutRecord, WorkerRecord
+from kelp.worker.channel import Channel, StreamItem
 from kelp.worker.decode import DecodeRun
+from kelp.worker.direct import DirectServer
+from kelp.worker.direct.connection import DirectParts
+from kelp.worker.exchange_channel import ExchangeChannel, read_command, read_prompt
+from kelp.worker.parts import WorkerIdentity, WorkerParts
 from kelp.worker.prefill import run_prefill
 from kelp.worker.presence import Presence
 from kelp.worker.running import RunningRequests, cancel_tasks
-from kelp.worker.stream import RequestStream, StreamItem
+from kelp.worker.stream import RequestStream
 
 _KEEP_ALIVES_PER_IDLE_TIMEOUT = 4
 _DRAIN_POLL_S = 0.05
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerParts:
-    """What a worker is made of; `build.py` puts it together. Without `events` routers guess what it holds."""
-
-    executor: Executor
-    handoffs: HandoffServer
-    reader: HandoffReader
-    agent: Agent
-    registry: Registry
-    clock: Clock
-    metrics: Metrics
-    events: EventPublisher | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerIdentity:
-    """Who this worker is; `epoch` is new with every incarnation."""
-
-    model_name: str
-    role: Role
-    endpoint: str
-    epoch: str
-
-    @property
-    def worker_id(self) -> str:
-        """Name in the registry, stable over restarts."""
-        return f"{self.endpoint}/{self.model_name}"
-
-
 class WorkerService:
-    """One worker. Everything but the constructor belongs to one event loop."""
+    """One worker. Everything but the constructor belongs to one event loop.
+
+    Attributes:
+        direct: Its own socket for routers.
+    """
 
     def __init__(self, identity: WorkerIdentity, parts: WorkerParts, config: KelpConfig) -> None:
         self._identity = identity
         self._parts = parts
         self._config = config
         self._state = WorkerState.STARTING
-        self._handoff_endpoint = ""
+        self._handoff_endpoint = self._direct_endpoint = ""
+        stall_timeout_s = config.direct.stall_timeout_s
+        self.direct = DirectServer(DirectParts(self, identity.worker_id, identity.epoch, stall_timeout_s))
         self._streams: dict[str, RequestStream] = {}
         self._running = RunningRequests()
         self._tasks: list[asyncio.Task[None]] = []
         self._quarantined: set[asyncio.Task[None]] = set()
+        self._showing: set[asyncio.Task[None]] = set()
         self._outbox: Outbox[StreamItem] = Outbox(f"{identity.model_name}-outbox")
         self._cancel_watch = CancelWatch(config.router.cancel_poll_s)
 
@@ -84,9 +62,13 @@ class WorkerService:
         """Open the handoff service and become visible."""
         self._presence = Presence(self._parts.registry, self._record, self._config.registry.heartbeat_s)
         self._handoff_endpoint = await self._parts.handoffs.start(self._config.handoff.host)
+        if self._config.direct.enabled:
+            self._direct_endpoint = await self.direct.start(self._config.handoff.host)
         if self._parts.events is not None:
             self._parts.events.start()
             self._parts.executor.watch_kv(self._parts.events.sink)
+        if self._parts.tiers is not None:
+            self._parts.tiers.start(self._show_manager)
         self._state = WorkerState.READY
         await self._presence.publish()
         loops = (self._presence.run(), self._keep_alive(), self._report())
@@ -99,8 +81,12 @@ class WorkerService:
             task.cancel()
         await self._presence.withdraw()
         await self._parts.handoffs.stop()
+        self.direct.stop_listening()
         await self._running.cancel_all()
+        await self.direct.stop()
         await cancel_tasks(self._quarantined)
+        if self._parts.tiers is not None:
+            await self._parts.tiers.stop()
         await self._parts.reader.close()
         await asyncio.to_thread(self._close_threads)
 
@@ -111,18 +97,22 @@ class WorkerService:
             KelpError: For the guard to send; nothing of the request is held any more.
         """
         inputs = exchange.inputs()
-        if "command" not in inputs or inputs["command"].size != 1:
-            raise InvalidRequest("command: exactly one JSON document is required")
-        command = decode_message(WORKER_COMMAND, bytes(inputs["command"].reshape(-1)[0]), "command")
+        command = read_command(inputs)
         if isinstance(command, GenerateCommand):
-            await self._generate(command, _prompt(inputs), exchange)
+            channel = ExchangeChannel(exchange, self._outbox, self._cancel_watch)
+            await self.generate(command, read_prompt(inputs), channel)
             return
         if isinstance(command, CancelCommand):
             self._running.cancel(command.request_id)
-        elif isinstance(command, DrainCommand):
-            await self._drain(command.timeout_s)
-        document = np.array([encode_message(self.status())], dtype=np.object_)
+            command = StatusCommand()
+        document = np.array([encode_message(await self.control(command))], dtype=np.object_)
         exchange.send({"event": document}, is_final=True)
+
+    async def control(self, command: DrainCommand | StatusCommand) -> WorkerStatus:
+        """Obey, and say what the worker holds then."""
+        if isinstance(command, DrainCommand):
+            await self._drain(command.timeout_s)
+        return self.status()
 
     def status(self) -> WorkerStatus:
         """What the worker holds right now."""
@@ -141,32 +131,40 @@ class WorkerService:
             num_preemptions=load.num_preemptions,
         )
 
-    async def _generate(self, command: GenerateCommand, prompt: npt.NDArray[np.int32], exchange: Exchange) -> None:
+    async def generate(self, command: GenerateCommand, prompt: npt.NDArray[np.int32], channel: Channel) -> None:
+        """Serve one request to its end, whatever carries it.
+
+        Args:
+            command: What to do.
+            prompt: `[num_tokens] int32`, kept.
+            channel: Gets the answer.
+
+        Raises:
+            KelpError: To be sent as the request's end; nothing of it is held any more.
+        """
         if self._state is not WorkerState.READY:
             raise WorkerLost(f"worker {self._identity.worker_id} is {self._state.value}")
-        stream = RequestStream(exchange, self._outbox, self._parts.clock)
+        stream = RequestStream(channel, self._parts.clock)
         # A retried request may come back while its first attempt still winds down: ids are per attempt.
         request_id = f"{command.request_id}#{uuid.uuid4().hex[:8]}"
         request = self._request(command, request_id, prompt, stream)
-        loop = asyncio.get_running_loop()
         self._streams[request_id] = stream
         try:
-            with (
-                self._running.running(command.request_id) as cancel,
-                self._cancel_watch.watching(exchange, lambda: loop.call_soon_threadsafe(cancel)),
-            ):
+            with self._running.running(command.request_id) as cancel, channel.watching(cancel):
                 finished = await self._run(command, request, stream)
         except asyncio.CancelledError:
-            raise self._why_cancelled() from None
+            raise self._why_cancelled(channel) from None
         finally:
             del self._streams[request_id]
         if finished is not None:
             await stream.finish(finished)
+        if channel.failure is not None:
+            raise channel.failure
 
-    def _why_cancelled(self) -> KelpError:
+    def _why_cancelled(self, channel: Channel) -> KelpError:
         if self._state is WorkerState.GONE:
             return WorkerLost(f"worker {self._identity.worker_id} is stopping")
-        return RequestCancelled("the client cancelled or went away")
+        return channel.failure or RequestCancelled("the client cancelled or went away")
 
     def _request(
         self,
@@ -187,16 +185,27 @@ class WorkerService:
             deadline_s=None if remaining_s is None else time.monotonic() + remaining_s,
             lora_name=command.lora_name,
             lora_digest=command.lora_digest,
+            tenant=bytes.fromhex(command.tenant_hex),
         )
 
     async def _run(self, command: GenerateCommand, request: ExecutorRequest, stream: RequestStream) -> Finished | None:
         """Run to the end; returns the last message, None if it has been sent."""
+        if command.role is Role.DECODE:
+            run = DecodeRun(self._parts.executor, self._parts.reader, command, self._quarantined)
+            return await run.run(request, stream)
+        if self._parts.tiers is None:
+            return await self._run_whole(command, request, stream)
+        tiers, known_blocks = self._parts.tiers, command.lower_tier_blocks
+        async with tiers.onboarding(request, stream, known_blocks) as changed:
+            return await self._run_whole(command, changed, stream)
+
+    async def _run_whole(
+        self, command: GenerateCommand, request: ExecutorRequest, stream: RequestStream
+    ) -> Finished | None:
+        """Run a request whose prompt is computed here."""
         executor = self._parts.executor
         if command.role is Role.PREFILL:
             return await run_prefill(executor, self._parts.handoffs, command, request, stream)
-        if command.role is Role.DECODE:
-            run = DecodeRun(executor, self._parts.reader, command, self._quarantined)
-            return await run.run(request, stream)
         stream.end_with_executor()
         executor.submit(request)
         try:
@@ -214,6 +223,11 @@ class WorkerService:
             if self._parts.clock.monotonic_s() >= deadline_s:
                 return
             await asyncio.sleep(_DRAIN_POLL_S)
+
+    def _show_manager(self) -> None:
+        showing = asyncio.ensure_future(self._presence.publish())
+        self._showing.add(showing)
+        showing.add_done_callback(self._showing.discard)
 
     async def _keep_alive(self) -> None:
         while True:
@@ -245,11 +259,13 @@ class WorkerService:
             role=self._identity.role,
             state=self._state,
             endpoint=self._identity.endpoint,
+            direct_endpoint=self._direct_endpoint,
             handoff_endpoint=self._handoff_endpoint,
             handoff_shape=self._parts.executor.handoff_shape,
             layout=LayoutRecord.of(self._parts.executor.layout),
             events_endpoint="" if events is None else events.endpoint,
             replay_endpoint="" if events is None else events.replay_endpoint,
+            kv_manager_id="" if self._parts.tiers is None else self._parts.tiers.manager_id,
             max_step_tokens=self._config.executor.max_step_tokens,
             max_running=self._config.executor.max_running,
             tags=self._config.server.tags,
@@ -262,13 +278,8 @@ class WorkerService:
         self._parts.executor.close()
         if self._parts.events is not None:
             self._parts.events.close()
+        if self._parts.tiers is not None:
+            self._parts.tiers.close()
         self._parts.agent.close()
         self._cancel_watch.close()
         self._outbox.close()
-
-
-def _prompt(inputs: Tensors) -> npt.NDArray[np.int32]:
-    prompt = inputs.get("input_ids")
-    if prompt is None or prompt.dtype != np.int32 or prompt.ndim != 1:
-        raise InvalidRequest("input_ids: INT32 of shape [num_tokens] is required")
-    return prompt

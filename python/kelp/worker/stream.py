@@ -1,7 +1,7 @@
 """One request's way through a worker: events from the executor, responses to the router.
 
-Tokens go from the executor's thread straight to the sending thread; only what needs a decision passes through the
-event loop, because waking it costs as much as a step of the mock executor.
+Tokens go from the executor's thread straight to the request's channel; only what needs a decision passes through the
+event loop's queue, because waking a task costs as much as a step of the mock executor.
 """
 
 from __future__ import annotations
@@ -9,17 +9,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
-import numpy as np
-
+from kelp.client.base import WorkerOutput
 from kelp.core.clock import Clock
-from kelp.core.exchange import Exchange
 from kelp.core.messages import Finished, Progress, RequestTimings, RequestUsage
-from kelp.core.outbox import Lane, Outbox
 from kelp.core.types import FinishReason
-from kelp.core.wire import encode_message
 from kelp.executor.base import Admitted, Completed, ExecutorEvent, Failed, Tokens
-
-StreamItem = Tokens | Finished
+from kelp.worker.channel import Channel, Source, StreamItem
 
 
 class RequestStream:
@@ -29,18 +24,18 @@ class RequestStream:
         first: The first tokens that came; there if the request has completed with any.
     """
 
-    def __init__(self, exchange: Exchange, outbox: Outbox[StreamItem], clock: Clock) -> None:
-        self._exchange = exchange
+    def __init__(self, channel: Channel, clock: Clock) -> None:
+        self._channel = channel
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[ExecutorEvent | None] = asyncio.Queue()
-        self._lane: Lane[StreamItem] = outbox.lane(self._send)
         self._sent_last = asyncio.Event()
         self._ends_with_executor = False
         self._has_sent_tokens = False
         self.first: Tokens | None = None
         self.usage = RequestUsage()
         self.timings = RequestTimings(arrival_ns=clock.wall_ns())
+        channel.open(Source(self._merge, self._note_sent_last))
 
     def sink(self, event: ExecutorEvent) -> None:
         """Take an event; called from the executor's thread, never blocks."""
@@ -50,15 +45,15 @@ class RequestStream:
             self.note_time(first_scheduled_ns=event.first_scheduled_ns)
         elif isinstance(event, Tokens):
             self.first = self.first or event
-            self._lane.put(event)
+            self._channel.put(event)
         elif self._ends_with_executor and isinstance(event, Completed):
-            self._lane.put(self.completed(event))
+            self._channel.put(self.completed(event))
         else:
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
     def keep_alive(self) -> None:
         """Send an empty response: the router sees that the worker lives while the request waits."""
-        self._lane.put(Tokens((), ()))
+        self._channel.put(Tokens((), ()))
 
     def end_with_executor(self) -> None:
         """The request is over when the executor says so: its end goes out with the last tokens, past the loop."""
@@ -97,13 +92,13 @@ class RequestStream:
         """Record when something happened."""
         self.timings = self.timings.model_copy(update=times_ns)
 
-    def note_usage(self, **counts: int) -> None:
+    def note_usage(self, **counts: int | tuple[int, ...]) -> None:
         """Record what something cost."""
         self.usage = self.usage.model_copy(update=counts)
 
     async def finish(self, finished: Finished) -> None:
         """Send the last response, after all tokens; returns when it has gone out."""
-        self._lane.put(finished)
+        self._channel.put(finished)
         await self._sent_last.wait()
 
     def completed(self, event: Completed) -> Finished:
@@ -111,27 +106,26 @@ class RequestStream:
         own = self.timings.model_dump(exclude_defaults=True)
         return Finished(
             finish_reason=event.finish_reason,
-            usage=event.usage.model_copy(update={"transferred_blocks": self.usage.transferred_blocks}),
+            usage=event.usage.model_copy(
+                update={
+                    "transferred_blocks": self.usage.transferred_blocks,
+                    "onboarded_tiers": self.usage.onboarded_tiers,
+                }
+            ),
             timings=event.timings.model_copy(update=own),
         )
 
-    def _send(self, items: list[StreamItem]) -> None:
-        tokens = [item for item in items if isinstance(item, Tokens)]
-        finished = next((item for item in items if isinstance(item, Finished)), None)
-        ids = [token for item in tokens for token in item.token_ids]
-        outputs = {
-            "output_ids": np.array(ids, dtype=np.int32),
-            "output_log_probs": np.array([p for item in tokens for p in item.log_probs], dtype=np.float32),
-        }
+    def _merge(self, items: list[StreamItem]) -> WorkerOutput:
+        if len(items) == 1 and isinstance(items[0], Tokens):
+            ids, log_probs, finished = items[0].token_ids, items[0].log_probs, None
+        else:
+            tokens = [item for item in items if isinstance(item, Tokens)]
+            finished = next((item for item in items if isinstance(item, Finished)), None)
+            ids = tuple([token for item in tokens for token in item.token_ids])
+            log_probs = tuple([log_prob for item in tokens for log_prob in item.log_probs])
         event = finished or (self._progress() if ids and not self._has_sent_tokens else None)
         self._has_sent_tokens = self._has_sent_tokens or bool(ids)
-        if event is not None:
-            outputs["event"] = np.array([encode_message(event)], dtype=np.object_)
-        try:
-            self._exchange.send(outputs, is_final=finished is not None)
-        finally:
-            if finished is not None:
-                self._loop.call_soon_threadsafe(self._note_sent_last)
+        return WorkerOutput(ids, log_probs, event)
 
     def _note_sent_last(self) -> None:
         self._sent_last.set()

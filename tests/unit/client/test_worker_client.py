@@ -19,6 +19,7 @@ from kelp.core.types import FinishReason, Role
 from kelp.core.wire import encode_message
 from kelp.supervisor.ports import pick_free
 from support.waiting import until
+from support.worker_outputs import WorkerRequest
 
 PROMPT = np.array([5, 6, 7], dtype=np.int32)
 COMMAND = GenerateCommand(
@@ -45,7 +46,7 @@ def address(triton: TritonDouble) -> WorkerAddress:
 
 
 async def collect(client: GrpcWorkerClient, triton: TritonDouble) -> list[WorkerOutput]:
-    stream = client.generate(address(triton), COMMAND, PROMPT)
+    stream = WorkerRequest(client, address(triton), COMMAND, PROMPT)
     try:
         return [output async for output in stream]
     finally:
@@ -120,7 +121,7 @@ def test_a_worker_that_talks_nonsense_breaks_the_protocol(answer: object, what: 
 def test_a_server_that_dies_in_mid_stream_is_a_lost_worker() -> None:
     async def scene() -> None:
         async with open_triton(said([1], [-0.5]), stays_open=True) as (triton, server), open_client() as client:
-            stream = client.generate(address(triton), COMMAND, PROMPT)
+            stream = WorkerRequest(client, address(triton), COMMAND, PROMPT)
             outputs = aiter_of(stream)
             assert (await outputs.__anext__()).token_ids == (1,)
             stopping = asyncio.ensure_future(server.stop(None))
@@ -140,7 +141,7 @@ def test_a_server_that_is_not_there_is_a_lost_worker() -> None:
     async def scene() -> None:
         async with open_client() as client:
             nowhere = WorkerAddress(f"127.0.0.1:{pick_free('127.0.0.1')}", "decode")
-            stream = client.generate(nowhere, COMMAND, PROMPT)
+            stream = WorkerRequest(client, nowhere, COMMAND, PROMPT)
             with pytest.raises(WorkerLost, match=f"worker {nowhere.endpoint}/decode: connection broke"):
                 _ = [output async for output in stream]
             await stream.close()
@@ -153,7 +154,7 @@ def test_closing_a_stream_has_the_worker_end_the_request_and_cancels_no_call(num
     async def scene() -> None:
         async with open_triton(said([1], [-0.5]), stays_open=True) as (triton, _), open_client() as client:
             triton.cancel_answer = response(event=encode_message(STATUS))
-            stream = client.generate(address(triton), COMMAND, PROMPT)
+            stream = WorkerRequest(client, address(triton), COMMAND, PROMPT)
             await until(lambda: bool(triton.requests), "the request")
             outputs = aiter_of(stream)
             for _ in range(num_read):
@@ -175,7 +176,7 @@ def test_closing_a_stream_whose_worker_does_not_listen_cancels_the_call(monkeypa
     async def scene() -> None:
         async with open_triton(said([1], [-0.5]), stays_open=True) as (triton, _), open_client() as client:
             triton.heeds_cancel = False
-            stream = client.generate(address(triton), COMMAND, PROMPT)
+            stream = WorkerRequest(client, address(triton), COMMAND, PROMPT)
             await until(lambda: bool(triton.requests), "the request")
             await stream.close()
             await until(lambda: triton.num_cancelled == 1, "the cancellation")
@@ -194,7 +195,7 @@ def test_closing_a_stream_whose_worker_does_not_listen_cancels_the_call(monkeypa
 def test_a_request_that_has_ended_is_read_to_the_end_and_not_cancelled(last: object) -> None:
     async def scene() -> None:
         async with open_triton(last) as (triton, _), open_client() as client:
-            stream = client.generate(address(triton), COMMAND, PROMPT)
+            stream = WorkerRequest(client, address(triton), COMMAND, PROMPT)
             with contextlib.suppress(KelpError):
                 await aiter_of(stream).__anext__()
             await stream.close()
@@ -209,7 +210,7 @@ def test_a_reader_that_is_cancelled_while_it_waits_leaves_nothing_behind() -> No
     async def scene() -> None:
         async with open_triton(stays_open=True) as (triton, _), open_client() as client:
             triton.cancel_answer = response(event=encode_message(STATUS))
-            stream = client.generate(address(triton), COMMAND, PROMPT)
+            stream = WorkerRequest(client, address(triton), COMMAND, PROMPT)
             reading = asyncio.ensure_future(aiter_of(stream).__anext__())
             await until(lambda: bool(triton.requests), "the request")
             reading.cancel()
@@ -227,7 +228,7 @@ def test_closing_one_stream_leaves_the_others_of_the_same_server_alone() -> None
         async with open_triton(said([1], [-0.5]), stays_open=True) as (triton, _), open_client() as client:
             triton.cancel_answer = response(event=encode_message(STATUS))
             other = COMMAND.model_copy(update={"request_id": "other"})
-            leaving, staying = (client.generate(address(triton), command, PROMPT) for command in (other, COMMAND))
+            leaving, staying = (WorkerRequest(client, address(triton), command, PROMPT) for command in (other, COMMAND))
             outputs = aiter_of(staying)
             await outputs.__anext__()
             await leaving.close()
@@ -283,11 +284,11 @@ def test_requests_to_one_worker_share_a_stream_and_those_to_another_do_not() -> 
     async def scene() -> None:
         async with open_triton(said([1], [-0.5])) as (triton, _), open_client() as client:
             others = [COMMAND.model_copy(update={"request_id": f"r{index}"}) for index in range(3)]
-            streams = [client.generate(address(triton), command, PROMPT) for command in others]
+            streams = [WorkerRequest(client, address(triton), command, PROMPT) for command in others]
             for stream in streams:
                 assert [output.token_ids async for output in stream] == [(1,)]
             assert (triton.num_streams, len(triton.requests)) == (1, 3)
-            elsewhere = client.generate(WorkerAddress(triton.endpoint, "decode_1"), COMMAND, PROMPT)
+            elsewhere = WorkerRequest(client, WorkerAddress(triton.endpoint, "decode_1"), COMMAND, PROMPT)
             assert [output.token_ids async for output in elsewhere] == [(1,)]
             assert triton.num_streams == 2
 
@@ -316,11 +317,11 @@ def test_a_stream_stays_open_while_a_request_on_it_is_silent(monkeypatch: pytest
     async def scene() -> None:
         async with open_triton(said([1], [-0.5]), stays_open=True) as (triton, _), open_client() as client:
             triton.cancel_answer = response(event=encode_message(STATUS))
-            outputs = aiter_of(client.generate(address(triton), COMMAND, PROMPT))
+            outputs = aiter_of(WorkerRequest(client, address(triton), COMMAND, PROMPT))
             await outputs.__anext__()
             for number in range(3):
                 passing = COMMAND.model_copy(update={"request_id": f"passing{number}"})
-                await client.generate(address(triton), passing, PROMPT).close()
+                await WorkerRequest(client, address(triton), passing, PROMPT).close()
             assert triton.num_streams == 1
             triton.may_end.set()
             assert [output async for output in outputs] == []
@@ -333,6 +334,49 @@ def test_a_client_can_be_used_again_after_closing() -> None:
         async with open_triton(said([1], [-0.5])) as (triton, _), open_client() as client:
             await collect(client, triton)
             await client.close()
+            assert [output.token_ids for output in await collect(client, triton)] == [(1,)]
+
+    asyncio.run(scene())
+
+
+def test_a_stream_with_an_abandoned_request_leaves_the_others_cancellable(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene() -> None:
+        async with open_triton(said([1], [-0.5]), stays_open=True) as (triton, _), open_client() as client:
+            triton.cancel_answer = response(event=encode_message(STATUS))
+            commands = [COMMAND.model_copy(update={"request_id": name}) for name in ("deaf", "other")]
+            deaf, other = (WorkerRequest(client, address(triton), command, PROMPT) for command in commands)
+            await until(lambda: len(triton.requests) == 2, "the requests")
+            with monkeypatch.context() as impatient:
+                impatient.setattr(workers, "_CANCEL_TIMEOUT_S", 0.02)
+                impatient.setattr(workers, "_DRAIN_TIMEOUT_S", 0.02)
+                triton.heeds_cancel = False
+                await deaf.close()
+            triton.heeds_cancel = True
+            await other.close()
+            assert triton.cancelled_ids == {"other"}
+            assert triton.num_streams == 2, "the cancellation went over a stream of its own"
+            await until(lambda: triton.num_cancelled == 1, "the end of the call that was given up")
+
+    asyncio.run(scene())
+
+
+def test_a_server_that_nobody_asks_any_more_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "_UNUSED_S", 0.02)
+    monkeypatch.setattr(shared_stream, "_IDLE_S", 0.01)
+
+    async def scene() -> None:
+        async with open_triton(said([1], [-0.5]), stays_open=True) as (triton, _), open_client() as client:
+            request = WorkerRequest(client, address(triton), COMMAND, PROMPT)
+            await until(lambda: bool(triton.requests), "the request")
+            for number in range(3):
+                nowhere = WorkerAddress(f"127.0.0.1:{pick_free('127.0.0.1')}", f"decode_{number}")
+                with pytest.raises(WorkerLost):
+                    _ = [output async for output in WorkerRequest(client, nowhere, COMMAND, PROMPT)]
+            await until(lambda: client.num_channels == 1, "the end of the channels that are not used")
+            assert not request.stream.has_ended
+            triton.may_end.set()
+            assert [output.token_ids async for output in request] == [(1,)]
+            await until(lambda: client.num_channels == 0, "the end of the last channel")
             assert [output.token_ids for output in await collect(client, triton)] == [(1,)]
 
     asyncio.run(scene())

@@ -18,7 +18,8 @@ from kelp.core.errors import (
     NotSupported,
     RequestCancelled,
 )
-from kelp_triton.exchange import Exchange, as_kelp_error
+from kelp.core.exchange import as_kelp_error
+from kelp_triton.exchange import Exchange
 
 
 def test_inputs_are_copies_by_name() -> None:

@@ -223,6 +223,23 @@ def test_a_server_without_metrics_is_served_without_metrics(caplog: pytest.LogCa
     assert "metrics are disabled" in caplog.text
 
 
+def test_a_series_that_cannot_be_exported_is_told_of_once_and_stops_no_other(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ValueError("labels differ")
+
+    monkeypatch.setattr(pb_double.Metric, "increment", refuse)
+    metrics = Metrics()
+    exporter = MetricsExporter(metrics, period_s=0.001)
+    for expected in (1, 2, 3):
+        metrics.add(REQUESTS, outcome="ok")
+        metrics.observe(TTFT, 0.25)
+        wait_until(lambda: sum(len(values) for _, values in exported().get("kelp_ttft_seconds", ())) == expected)  # noqa: B023
+    exporter.close()
+    assert caplog.text.count("kelp_requests_total is not exported") == 1
+
+
 def call_bls(reply: Callable[[InferenceRequest], InferenceResponse]) -> dict[str, np.ndarray]:
     InferenceRequest.answer = staticmethod(reply)  # type: ignore[assignment]
     client = BlsClient("preprocess", ("input_ids",))

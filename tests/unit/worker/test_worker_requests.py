@@ -13,6 +13,7 @@ from worker_rig import PROMPT, completed, events, generate_command, last, open_w
 from kelp.core.errors import (
     CapacityError,
     DeadlineExceeded,
+    InternalError,
     InvalidRequest,
     KelpError,
     PromptTooLong,
@@ -279,3 +280,35 @@ def test_draft_counters_grow_by_what_the_executor_counted_since_the_last_report(
             assert seen["kelp_draft_tokens_total"] == 16
 
     asyncio.run(scene())
+
+
+def test_a_response_that_cannot_be_sent_fails_its_request_instead_of_leaving_a_hole() -> None:
+    async def scene() -> None:
+        async with open_worker() as rig:
+            exchange, task = await rig.generate()
+            send, exchange.send = exchange.send, _broken  # type: ignore[method-assign]
+            rig.executor.emit(token(1))
+            with pytest.raises(InternalError, match="the pipe is gone"):
+                await task
+            exchange.send = send  # type: ignore[method-assign]
+            rig.executor.emit(token(2), completed())
+            assert rig.executor.calls == [("abort", 0)]
+            assert exchange.responses == [] and not exchange.is_over
+
+    asyncio.run(scene())
+
+
+def test_a_last_response_that_cannot_be_sent_ends_its_request_with_an_error() -> None:
+    async def scene() -> None:
+        async with open_worker() as rig:
+            exchange, task = await rig.generate()
+            exchange.send = _broken  # type: ignore[method-assign]
+            rig.executor.emit(token(1), completed())
+            with pytest.raises(InternalError, match="the pipe is gone"):
+                await task
+
+    asyncio.run(scene())
+
+
+def _broken(*_: object, **__: object) -> None:
+    raise RuntimeError("the pipe is gone")

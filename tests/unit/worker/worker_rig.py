@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from kelp.client.base import WorkerAddress
 from kelp.core.clock import SystemClock
 from kelp.core.config import HandoffConfig, KelpConfig, RegistryConfig, RouterConfig, ServerConfig
+from kelp.core.config_replicas import DirectConfig
 from kelp.core.errors import KelpError, WorkerLost
 from kelp.core.messages import (
     WORKER_EVENT,
@@ -163,6 +165,12 @@ class WorkerRig:
         """Of the handoff service."""
         return self.registry.published[-1].handoff_endpoint
 
+    @property
+    def address(self) -> WorkerAddress:
+        """As a router knows it."""
+        record = self.registry.published[-1]
+        return WorkerAddress(record.endpoint, record.model_name, record.direct_endpoint, record.epoch)
+
     def rendezvous(self, handoff_id: str = "h") -> Rendezvous:
         """A meeting with this worker as prefill side."""
         return Rendezvous(handoff_id=handoff_id, endpoint=self.endpoint, prefill_epoch="epoch")
@@ -243,12 +251,14 @@ async def open_worker(
     executor: FakeExecutor | None = None,
     events: EventPublisher | None = None,
     tags: dict[str, str] | None = None,
+    direct: DirectConfig | None = None,
     **handoff: float,
 ) -> AsyncIterator[WorkerRig]:
     """A started worker; `handoff` overrides `HandoffConfig`. Stopped at the end, unless the test has done it."""
     settings = HandoffConfig.model_validate({"transport": "local", **handoff})
     config = KelpConfig(
         handoff=settings,
+        direct=direct or DirectConfig(),
         router=RouterConfig(cancel_poll_s=0.002, idle_timeout_s=idle_timeout_s),
         registry=RegistryConfig(heartbeat_s=heartbeat_s),
         server=ServerConfig(tags=tags or {}),

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import grpc
@@ -27,12 +26,15 @@ _ASK_FOR_FINAL = "triton_enable_empty_final_response"
 _FINAL = "triton_final_response"
 
 
+Take = Callable[[RawTensors | KelpError | None], None]
+"""Takes responses in order, and at the end, once, None or the error."""
+
+
 class Reply:
     """What comes back for one request; belongs to the event loop."""
 
-    def __init__(self) -> None:
-        self._items: deque[RawTensors | KelpError] = deque()
-        self._reader: asyncio.Future[None] | None = None
+    def __init__(self, take: Take) -> None:
+        self._take = take
         self._ended = asyncio.Event()
 
     @property
@@ -40,47 +42,22 @@ class Reply:
         """Whether Triton holds nothing of the request any more."""
         return self._ended.is_set()
 
-    def __aiter__(self) -> Reply:
-        """Responses in order, for one reader. No generator: that costs more than a response is long."""
-        return self
-
-    async def __anext__(self) -> RawTensors:
-        """The next response.
-
-        Raises:
-            KelpError: The worker's typed error, or WorkerLost when the connection broke.
-        """
-        while not self._items:
-            if self.has_ended:
-                raise StopAsyncIteration
-            self._reader = asyncio.get_running_loop().create_future()
-            await self._reader
-        item = self._items.popleft()
-        if isinstance(item, KelpError):
-            raise item
-        return item
-
     async def wait_ended(self, timeout_s: float) -> bool:
-        """Wait for the end, whoever reads; False if it does not come."""
+        """Wait for the end; False if it does not come."""
         try:
             await asyncio.wait_for(self._ended.wait(), timeout_s)
         except asyncio.TimeoutError:
             return False
         return True
 
-    def put(self, item: RawTensors | KelpError) -> None:
-        """A response has come, or an error that is the last."""
-        self._items.append(item)
-        self._wake_reader()
+    def put(self, tensors: RawTensors) -> None:
+        """A response has come."""
+        self._take(tensors)
 
-    def end(self) -> None:
+    def end(self, error: KelpError | None = None) -> None:
         """No further response comes."""
         self._ended.set()
-        self._wake_reader()
-
-    def _wake_reader(self) -> None:
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
+        self._take(error)
 
 
 class SharedStream:
@@ -105,9 +82,14 @@ class SharedStream:
         self._writing = asyncio.ensure_future(self._write())
         self._timer = asyncio.get_running_loop().call_later(_IDLE_S, self._check_use)
 
-    def start(self, request: Any) -> Reply:
+    @property
+    def is_over(self) -> bool:
+        """Whether the call has ended."""
+        return self._reading.done()
+
+    def start(self, request: Any, take: Take) -> Reply:
         """Send a request, whose id no other one on this stream has."""
-        reply = self._replies[request.id] = Reply()
+        reply = self._replies[request.id] = Reply(take)
         self._was_used = True
         self._outgoing.put_nowait(request)
         return reply
@@ -120,8 +102,7 @@ class SharedStream:
         reply = self._replies.pop(request_id, None)
         if reply is None:
             return
-        reply.put(WorkerLost(f"{self._where}: did not end the request when asked to"))
-        reply.end()
+        reply.end(WorkerLost(f"{self._where}: did not end the request when asked to"))
         self.is_usable, self._has_abandoned = False, True
         self._cancel_when_left()
 
@@ -170,22 +151,20 @@ class SharedStream:
             self._outgoing.put_nowait(None)
             replies, self._replies = self._replies, {}
             for reply in replies.values():
-                reply.put(error)
-                reply.end()
+                reply.end(error)
 
     def _take(self, message: Any) -> None:
         response = message.infer_response
         reply = self._replies.get(response.id)
         if reply is None:
             return
-        if message.error_message:
-            reply.put(self._typed(message.error_message))
-        elif response.outputs:
+        error = self._typed(message.error_message) if message.error_message else None
+        if error is None and response.outputs:
             names = (output.name for output in response.outputs)
             reply.put(dict(zip(names, response.raw_output_contents, strict=True)))
-        if message.error_message or response.parameters[_FINAL].bool_param:
+        if error is not None or response.parameters[_FINAL].bool_param:
             del self._replies[response.id]
-            reply.end()
+            reply.end(error)
             self._cancel_when_left()
 
     def _typed(self, text: str) -> KelpError:

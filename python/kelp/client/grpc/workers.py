@@ -11,6 +11,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import struct
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import grpc
@@ -18,9 +20,9 @@ import numpy as np
 import numpy.typing as npt
 from tritonclient.grpc import service_pb2_grpc
 
-from kelp.client.base import WorkerAddress, WorkerOutput
+from kelp.client.base import Receive, WorkerAddress, WorkerOutput
 from kelp.client.grpc.shared_stream import RawTensors, Reply, SharedStream, infer_request
-from kelp.core.errors import ProtocolError
+from kelp.core.errors import KelpError, ProtocolError
 from kelp.core.messages import (
     WORKER_EVENT,
     WORKER_STATUS,
@@ -47,11 +49,13 @@ _CHANNEL_OPTIONS = [
 
 _CANCEL_TIMEOUT_S = 1.0
 _DRAIN_TIMEOUT_S = 4.0
+_UNUSED_S = 60.0
+"""A channel that nobody has used for this long is closed."""
 _LENGTH = struct.Struct("<I")
 
 
 def _where(address: WorkerAddress) -> str:
-    return f"worker {address.endpoint}/{address.model_name}"
+    return f"worker {address.worker_id}"
 
 
 def _request(
@@ -74,37 +78,63 @@ def _numbers(tensors: RawTensors, name: str, dtype: str) -> tuple[Any, ...]:
 
 
 class GrpcWorkerStream:
-    """One request's responses; see `client.base.WorkerStream`."""
+    """One request's responses; see `client.base.WorkerStream`.
 
-    def __init__(self, shared: SharedStream, address: WorkerAddress, request: Any) -> None:
+    Args:
+        shared: Where it starts.
+        cancelling: Finds a stream that can take its cancellation: `shared` itself may have been given up by then.
+    """
+
+    def __init__(
+        self,
+        shared: SharedStream,
+        cancelling: Callable[[], SharedStream],
+        address: WorkerAddress,
+        request: Any,
+        receive: Receive,
+    ) -> None:
         self._shared = shared
+        self._cancelling = cancelling
         self._address = address
         self._request_id = request.id
-        self._reply: Reply = shared.start(request)
+        self._receive = receive
         self._is_closing = False
+        self._is_told = False
         self._has_finished = False
+        self._reply: Reply = shared.start(request, self._take)
 
-    def __aiter__(self) -> GrpcWorkerStream:
+    @property
+    def has_ended(self) -> bool:
         """See `WorkerStream`."""
-        return self
-
-    async def __anext__(self) -> WorkerOutput:
-        """See `WorkerStream`."""
-        return self._output(await self._reply.__anext__())
+        return self._reply.has_ended
 
     async def close(self) -> None:
         """See `WorkerStream`."""
         if self._is_closing or self._reply.has_ended:
             return
         self._is_closing = True
-        if not self._has_finished and self._shared.is_usable:
-            command = CancelCommand(request_id=self._request_id)
-            cancel_id = f"{self._request_id} cancel"
-            answer = self._shared.start(_request(self._address, cancel_id, command))
-            if not await answer.wait_ended(_CANCEL_TIMEOUT_S):
-                self._shared.abandon(cancel_id)
+        if not self._has_finished:
+            await self._cancel()
         if not await self._reply.wait_ended(_DRAIN_TIMEOUT_S):
             self._shared.abandon(self._request_id)
+
+    async def _cancel(self) -> None:
+        stream, cancel_id = self._cancelling(), f"{self._request_id} cancel"
+        answer = stream.start(_request(self._address, cancel_id, CancelCommand(request_id=self._request_id)), _ignore)
+        if not await answer.wait_ended(_CANCEL_TIMEOUT_S):
+            stream.abandon(cancel_id)
+
+    def _take(self, item: RawTensors | KelpError | None) -> None:
+        if self._is_told:
+            return
+        try:
+            self._tell(item if item is None or isinstance(item, KelpError) else self._output(item))
+        except KelpError as error:
+            self._tell(error)
+
+    def _tell(self, item: WorkerOutput | KelpError | None) -> None:
+        self._is_told = not isinstance(item, WorkerOutput)
+        self._receive(item)
 
     def _output(self, tensors: RawTensors) -> WorkerOutput:
         ids = _numbers(tensors, "output_ids", "<i4")
@@ -117,47 +147,77 @@ class GrpcWorkerStream:
         return WorkerOutput(ids, log_probs, told)
 
 
+def _ignore(_: object) -> None:
+    pass
+
+
 class GrpcWorkerClient:
-    """One channel per tritonserver and one stream per worker; see `client.base.WorkerClient`."""
+    """One channel per tritonserver and one stream per worker; see `client.base.WorkerClient`.
+
+    Both go when nobody has used them for a while: workers come and go for as long as a router lives.
+    """
 
     def __init__(self) -> None:
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._streams: dict[WorkerAddress, SharedStream] = {}
+        self._replaced: list[tuple[str, SharedStream]] = []
         self._num_asked = itertools.count()
+        self._used: set[str] = set()
+        self._pruning: asyncio.Task[None] | None = None
+
+    @property
+    def num_channels(self) -> int:
+        """Servers connected."""
+        return len(self._channels)
 
     def generate(
-        self, address: WorkerAddress, command: GenerateCommand, prompt: npt.NDArray[np.int32]
+        self, address: WorkerAddress, command: GenerateCommand, prompt: npt.NDArray[np.int32], receive: Receive
     ) -> GrpcWorkerStream:
         """See `WorkerClient`."""
         request = _request(address, command.request_id, command, prompt)
-        return GrpcWorkerStream(self._stream(address), address, request)
+        return GrpcWorkerStream(self._stream(address), partial(self._stream, address), address, request, receive)
 
     async def control(self, address: WorkerAddress, command: DrainCommand | None) -> WorkerStatus:
         """See `WorkerClient`."""
         request_id = f"control {next(self._num_asked)}"
-        shared = self._stream(address)
-        reply = shared.start(_request(address, request_id, command or StatusCommand()))
-        what = f"status of {address.endpoint}/{address.model_name}"
+        shared, what = self._stream(address), f"status of {address.worker_id}"
+        answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+        def take(item: RawTensors | KelpError | None) -> None:
+            if answer.done():
+                return
+            if isinstance(item, KelpError):
+                answer.set_exception(item)
+            elif item is None:
+                answer.set_exception(ProtocolError(f"{what}: the answer has no status"))
+            elif event := _event(item):
+                answer.set_result(event)
+
+        shared.start(_request(address, request_id, command or StatusCommand()), take)
         try:
-            async for tensors in reply:
-                if event := _event(tensors):
-                    return decode_message(WORKER_STATUS, event, what)
+            return decode_message(WORKER_STATUS, await answer, what)
         except asyncio.CancelledError:
             shared.abandon(request_id)
             raise
-        raise ProtocolError(f"{what}: the answer has no status")
 
     async def close(self) -> None:
         """See `WorkerClient`."""
+        if self._pruning is not None:
+            self._pruning.cancel()
+            self._pruning = None
         streams, self._streams = self._streams, {}
         channels, self._channels = self._channels, {}
-        await asyncio.gather(*(stream.close() for stream in streams.values()))
+        replaced, self._replaced = self._replaced, []
+        await asyncio.gather(*(stream.close() for stream in (*streams.values(), *(stream for _, stream in replaced))))
         for channel in channels.values():
             await channel.close(None)
 
     def _stream(self, address: WorkerAddress) -> SharedStream:
+        self._used.add(address.endpoint)
         stream = self._streams.get(address)
         if stream is None or not stream.is_usable:
+            if stream is not None:
+                self._replaced.append((address.endpoint, stream))
             stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel(address.endpoint))
             stream = self._streams[address] = SharedStream(stub, _where(address))
         return stream
@@ -166,4 +226,18 @@ class GrpcWorkerClient:
         channel = self._channels.get(endpoint)
         if channel is None:
             channel = self._channels[endpoint] = grpc.aio.insecure_channel(endpoint, options=_CHANNEL_OPTIONS)
+        if self._pruning is None:
+            self._pruning = asyncio.ensure_future(self._prune())
         return channel
+
+    async def _prune(self) -> None:
+        while self._channels:
+            await asyncio.sleep(_UNUSED_S)
+            self._streams = {address: stream for address, stream in self._streams.items() if not stream.is_over}
+            self._replaced = [(endpoint, stream) for endpoint, stream in self._replaced if not stream.is_over]
+            busy = self._used.union((address.endpoint for address in self._streams), dict(self._replaced))
+            self._used = set()
+            unused = [self._channels.pop(endpoint) for endpoint in self._channels.keys() - busy]
+            for channel in unused:
+                await channel.close(None)
+        self._pruning = None

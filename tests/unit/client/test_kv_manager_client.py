@@ -1,0 +1,141 @@
+"""The control channel to block managers, over real gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+
+import grpc
+import pytest
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from kelp.client.base import WorkerAddress
+from kelp.client.grpc import GrpcKvManagerClient
+from kelp.core.errors import CapacityError, DeadlineExceeded, ProtocolError, WorkerLost
+from kelp.core.kv_manager_messages import (
+    Clear,
+    Done,
+    GetStats,
+    Operation,
+    Pin,
+    Renew,
+    Renewed,
+    Stats,
+    decode_operations,
+    encode_batch,
+)
+
+Answer = Callable[[list[Operation]], bytes]
+
+
+class ManagerDouble(service_pb2_grpc.GRPCInferenceServiceServicer):
+    """A Triton that answers each batch as the test says."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+        self.batches: list[list[Operation]] = []
+        self.is_silent = False
+        self.error = ""
+
+    async def ModelInfer(self, request, context):  # noqa: N802
+        if self.is_silent:
+            await asyncio.Event().wait()
+        if self.error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, self.error)
+        operations = decode_operations(request.raw_input_contents[0][4:])
+        self.batches.append(operations)
+        raw = self._answer(operations)
+        response = service_pb2.ModelInferResponse(model_name=request.model_name)
+        response.outputs.add(name="results", datatype="BYTES", shape=(1,))
+        response.raw_output_contents.append(len(raw).to_bytes(4, "little") + raw)
+        return response
+
+
+def right(operations: list[Operation]) -> bytes:
+    kinds = {GetStats: Stats({"a": 1.0}), Pin: Done(7), Clear: Done(3), Renew: Renewed((1,))}
+    return encode_batch([kinds[type(operation)] for operation in operations])
+
+
+@contextlib.asynccontextmanager
+async def rig(answer: Answer = right) -> AsyncIterator[tuple[GrpcKvManagerClient, WorkerAddress, ManagerDouble]]:
+    server, double = grpc.aio.server(), ManagerDouble(answer)
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(double, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    client = GrpcKvManagerClient()
+    try:
+        yield client, WorkerAddress(f"127.0.0.1:{port}", "kv_block_manager"), double
+    finally:
+        await client.close()
+        await server.stop(None)
+
+
+def test_quick_operations_that_come_together_travel_together_and_slow_ones_alone():
+    async def scene():
+        async with rig() as (client, address, double):
+            calls = [
+                client.call(address, [GetStats(), Pin((), 1.0)], 5.0),
+                client.call(address, [Clear(None)], 5.0),
+                client.call(address, [Renew("w", "e", (1,))], 5.0),
+            ]
+            assert await asyncio.gather(*calls) == [[Stats({"a": 1.0}), Done(7)], [Done(3)], [Renewed((1,))]]
+            kinds = sorted([type(operation).__name__ for operation in batch] for batch in double.batches)
+            assert kinds == [["Clear"], ["GetStats", "Pin", "Renew"]]
+
+    asyncio.run(scene())
+
+
+def test_a_manager_that_is_gone_is_a_lost_worker():
+    async def scene():
+        async with rig() as (client, address, double):
+            double.error = "Stub process 'kv_block_manager_0_0' is not healthy."
+            with pytest.raises(WorkerLost, match="KV block manager .*not healthy"):
+                await client.call(address, [GetStats()], 5.0)
+            with pytest.raises(WorkerLost):
+                await client.call(WorkerAddress("127.0.0.1:9", "kv_block_manager"), [GetStats()], 5.0)
+
+    asyncio.run(scene())
+
+
+def test_a_typed_error_stays_what_it_is():
+    async def scene():
+        async with rig() as (client, address, double):
+            double.error = "in ensemble: [KELP_OVERLOADED] too much"
+            with pytest.raises(CapacityError, match="too much"):
+                await client.call(address, [GetStats()], 5.0)
+
+    asyncio.run(scene())
+
+
+def test_a_silent_manager_costs_the_time_limit_and_no_more():
+    async def scene():
+        async with rig() as (client, address, double):
+            double.is_silent = True
+            with pytest.raises(DeadlineExceeded, match=r"no answer within 0\.05 s"):
+                await client.call(address, [Clear(None)], 0.05)
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize("raw", [b"garbage", encode_batch([Done(1), Done(2)])])
+def test_an_answer_that_makes_no_sense_is_refused(raw: bytes):
+    async def scene():
+        async with rig(lambda _: raw) as (client, address, _):
+            with pytest.raises(ProtocolError):
+                await client.call(address, [GetStats()], 5.0)
+
+    asyncio.run(scene())
+
+
+def test_closing_fails_what_is_under_way():
+    async def scene():
+        async with rig() as (client, address, double):
+            double.is_silent = True
+            call = asyncio.ensure_future(client.call(address, [Clear(None)], 30.0))
+            await asyncio.sleep(0)
+            await client.close()
+            with pytest.raises(WorkerLost):
+                await call
+
+    asyncio.run(scene())
