@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -50,6 +51,21 @@ class Deployment:
 
 
 @dataclass(frozen=True, slots=True)
+class Variant:
+    """What is special about a server.
+
+    Attributes:
+        name: Of its log.
+        options: Of `kelp serve`, beside mode, host and ports.
+        environment: Added to this process's own.
+    """
+
+    name: str
+    options: Sequence[str] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class _Ports:
     http: int
     grpc: int
@@ -60,15 +76,17 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _start(mode: str, ports: _Ports, log: Path) -> subprocess.Popen[bytes]:
+def _start(mode: str, variant: Variant, ports: _Ports, log: Path) -> subprocess.Popen[bytes]:
     command = [
         *(str(Path(sys.executable).parent / "kelp"), "serve", "--mode", mode, "--host", _HOST),
         *("--http-port", str(ports.http), "--grpc-port", str(ports.grpc), "--metrics-port", str(ports.metrics)),
+        *variant.options,
     ]
     with log.open("wb") as output:
         return subprocess.Popen(
             command,
             cwd=REPOSITORY,
+            env={**os.environ, **variant.environment},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -125,15 +143,16 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 @contextmanager
-def running(mode: str, logs: Path) -> Iterator[Deployment]:
-    """Serve in a mode while the block runs.
+def running(mode: str, logs: Path, variant: Variant | None = None) -> Iterator[Deployment]:
+    """Serve in a mode while the block runs; with default options unless a variant says otherwise.
 
     Raises:
         BenchError: The server does not come up; quotes its last words.
     """
     ports = _Ports(pick_free(_HOST), pick_free(_HOST), pick_free(_HOST))
-    log = logs / f"{mode}.log"
-    process = _start(mode, ports, log)
+    variant = variant or Variant(mode)
+    log = logs / f"{variant.name}.log"
+    process = _start(mode, variant, ports, log)
     try:
         _wait_until_it_answers(mode, process, ports.http, log)
         pids = find_processes(process.pid)

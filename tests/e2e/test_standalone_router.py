@@ -17,7 +17,7 @@ from kelp.core.clock import SystemClock
 from kelp.core.config import EventsConfig
 from kelp.core.hashing import seed_hash, sequence_hashes
 from kelp.core.kv_events import BlocksStored
-from kelp.core.types import Role, WorkerState
+from kelp.core.types import Role, Tier, WorkerState
 from kelp.kv.events import EventPublisher
 from kelp.registry.base import LayoutRecord, WorkerRecord
 from support.serving import CLI, clean_environment, run_cli
@@ -96,6 +96,31 @@ def test_a_foreign_stack_is_routed_by_what_its_workers_publish(router: Router) -
         assert chosen["decode"]["model_name"] == "two"
         page = router.call("dump", worker_id="host:1/two")["hashes"][0]
         assert sorted(page) == sorted(name.hex() for name in hashes)
+    finally:
+        publisher.close()
+
+
+def test_a_block_manager_that_registers_is_followed_and_its_workers_are_known_to_have_its_blocks(
+    router: Router,
+) -> None:
+    publisher = EventPublisher("1", BLOCK_SIZE, EventsConfig(), SystemClock())
+    publisher.start()
+    try:
+        publisher.sink(BlocksStored(tuple(sequence_hashes(PROMPT, BLOCK_SIZE, seed_hash("m"))), None, Tier.HOST))
+        router.call("register", worker=worker("one"))
+        router.call("register", worker=worker("two", kv_manager_id="host:1/manager"))
+        manager = {"manager_id": "host:1/manager", "epoch": "1", "host": "h", "endpoint": "host:1", "model_name": "m"}
+        addresses = {"events_endpoint": publisher.endpoint, "replay_endpoint": publisher.replay_endpoint}
+        router.call("register_manager", manager={**manager, **addresses})
+        wait_until(lambda: router.call("dump")["num_blocks"].get("host:1/manager") == [0, 10, 0, 0], "its blocks")
+        (view,) = router.call("workers")["managers"]
+        assert (view["manager_id"], view["events"]) == ("host:1/manager", "live")
+        assert len(router.call("dump", worker_id="host:1/manager")["hashes"][Tier.HOST]) == 10
+        chosen = router.call("select", request_id="r", token_ids=PROMPT, reserve=True)
+        assert chosen["decode"]["model_name"] == "two"
+        (choice,) = router.call("explain", request_id="r")["choices"]
+        overlaps = {each["worker_id"]: each["overlap_blocks"] for each in choice["candidates"]}
+        assert overlaps == {"host:1/one": [0, 0, 0, 0], "host:1/two": [0, 10, 10, 10]}
     finally:
         publisher.close()
 

@@ -48,8 +48,9 @@ def test_the_json_override_means_the_same_as_the_file(schema):
     assert json_format.Parse(render_json(schema), model_config_pb2.ModelConfig()) == _parsed(schema)
 
 
-def test_only_preprocess_is_unary():
-    assert {schema.name for schema in MODEL_SCHEMAS if not schema.is_decoupled} == {"preprocess"}
+def test_what_answers_once_is_unary_and_streams_are_decoupled():
+    unary = {schema.name for schema in MODEL_SCHEMAS if not schema.is_decoupled}
+    assert unary == {"preprocess", "kv_block_manager"}
 
 
 def test_the_check_names_a_file_that_differs(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Random lives of many requests in one small engine, against an unbatched reference."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,6 +21,7 @@ from kelp.executor.base import (
     Failed,
     Prefilled,
     Reserved,
+    SealedBlock,
     Tokens,
 )
 from kelp.executor.batching.engine import Engine, EngineRules
@@ -85,8 +87,18 @@ class EngineMachine(RuleBasedStateMachine):
         limits=st.builds(SchedulerLimits, st.integers(4, 9), st.integers(1, 4), st.booleans()),
         num_drafts=st.sampled_from([0, 3]),
         max_in_flight=st.sampled_from([2, 1]),
+        is_watched=st.booleans(),
+        watermark=st.sampled_from([None, 0.5]),
     )
-    def start(self, num_blocks: int, limits: SchedulerLimits, num_drafts: int, max_in_flight: int) -> None:
+    def start(
+        self,
+        num_blocks: int,
+        limits: SchedulerLimits,
+        num_drafts: int,
+        max_in_flight: int,
+        is_watched: bool,
+        watermark: float | None,
+    ) -> None:
         self.runner = HistoryRunner(num_blocks, limits.max_step_tokens)
         self.pool = BlockPool(num_blocks)
         self.lives: dict[str, Life] = {}
@@ -100,6 +112,30 @@ class EngineMachine(RuleBasedStateMachine):
         )
         self.clock = FakeClock()
         self.engine = Engine(self.runner, self.pool, rules, self.clock, self.retired.add, MostlyRight())
+        self.kept: dict[BlockId, list[int]] = {}
+        self.room = 0
+        if is_watched:
+            self.engine.offers.watch(self.keep, watermark)
+
+    def keep(self, blocks: Sequence[SealedBlock]) -> int:
+        taken = blocks[: max(0, self.room - len(self.kept))]
+        assert len({block.tenant for block in blocks}) == 1
+        for block in taken:
+            assert block.block_id not in self.kept, "a block is kept twice"
+            self.kept[block.block_id] = self.runner.memory[block.block_id].tolist()
+        return len(taken)
+
+    @rule(room=st.integers(0, 3))
+    def change_room(self, room: int) -> None:
+        self.room = room
+
+    @precondition(lambda self: self.kept)
+    @rule(data=st.data())
+    def release_kept(self, data: st.DataObject) -> None:
+        chosen = data.draw(st.lists(st.sampled_from(sorted(self.kept)), unique=True))
+        self.engine.offers.release(chosen)
+        for block_id in chosen:
+            del self.kept[block_id]
 
     @rule(
         role=st.sampled_from(Role),
@@ -108,9 +144,17 @@ class EngineMachine(RuleBasedStateMachine):
         num_resumed=st.integers(0, 4),
         penalty=st.sampled_from([0.0, 0.0, 0.5]),
         num_copies=st.integers(1, 3),
+        num_onboardable=st.integers(0, 6),
     )
     def submit(
-        self, role: Role, prompt: list[int], max_tokens: int, num_resumed: int, penalty: float, num_copies: int
+        self,
+        role: Role,
+        prompt: list[int],
+        max_tokens: int,
+        num_resumed: int,
+        penalty: float,
+        num_copies: int,
+        num_onboardable: int,
     ) -> None:
         num_positions = len(prompt) + max_tokens - 1
         if num_blocks_for(num_positions, BLOCK_SIZE) > self.pool.num_blocks:
@@ -118,6 +162,8 @@ class EngineMachine(RuleBasedStateMachine):
         output, reason = reference(prompt, max_tokens)
         num_generated = min(num_resumed, len(output) - 1)
         given = prompt + output[:num_generated]
+        if role is Role.DECODE:
+            num_onboardable = 0
         for _ in range(num_copies):
             request_id = str(len(self.lives))
             life = self.lives[request_id] = Life(role, given, output[num_generated:], reason)
@@ -129,6 +175,8 @@ class EngineMachine(RuleBasedStateMachine):
                 seed_hash=seed_hash("model"),
                 sink=life.receive,
                 num_generated=num_generated,
+                tenant=bytes(16) if prompt[0] else b"",
+                onboard_blocks=min(num_onboardable, (len(given) - 1) // BLOCK_SIZE),
             )
             self.engine.add(request, 1)
 
@@ -160,11 +208,14 @@ class EngineMachine(RuleBasedStateMachine):
         life = self.lives[request_id]
         assert life.reserved is not None
         self.check_cached_part(life)
-        is_wanted = life.end is None and not is_lost
+        is_wanted = life.end is None and (not is_lost or life.role is not Role.DECODE)
         self.transfer(life, life.prompt if is_wanted else [GARBAGE] * len(life.prompt))
         life.is_transferring = False
         if life.end is not None:
             self.engine.end_import(request_id)
+        elif life.role is not Role.DECODE:
+            first, end = life.reserved.num_cached_blocks, len(life.reserved.block_ids)
+            self.engine.complete_onboard(request_id, first + (end - first) // 2 if is_lost else end)
         elif is_lost:
             self.engine.fail_import(request_id)
         else:
@@ -180,8 +231,8 @@ class EngineMachine(RuleBasedStateMachine):
 
     def transfer(self, life: Life, tokens: list[int]) -> None:
         assert life.reserved is not None
-        first = life.reserved.num_cached_blocks
-        self.runner.write(life.reserved.block_ids[first:], tokens[first * BLOCK_SIZE :])
+        first, num_blocks = life.reserved.num_cached_blocks, len(life.reserved.block_ids)
+        self.runner.write(life.reserved.block_ids[first:], tokens[first * BLOCK_SIZE : num_blocks * BLOCK_SIZE])
 
     @precondition(lambda self: any(life.is_leased for life in self.lives.values()))
     @rule(data=st.data())
@@ -198,6 +249,11 @@ class EngineMachine(RuleBasedStateMachine):
     @invariant()
     def bookkeeping_is_sound(self) -> None:
         self.pool.check_integrity()
+
+    @invariant()
+    def kept_blocks_stay_as_they_are(self) -> None:
+        for block_id, held in self.kept.items():
+            assert self.runner.memory[block_id].tolist() == held
 
     @invariant()
     def announced_blocks_keep_their_content_while_leased(self) -> None:
@@ -227,6 +283,11 @@ class EngineMachine(RuleBasedStateMachine):
             if life.is_leased:
                 self.release_lease(request_id)
                 return True
+        if self.kept:
+            self.engine.offers.release(list(self.kept))
+            self.kept.clear()
+            self.room = 0
+            return True
         return False
 
     def teardown(self) -> None:
@@ -236,7 +297,7 @@ class EngineMachine(RuleBasedStateMachine):
         assert len(self.retired) == len(self.lives), "a request never ended"
         for life in self.lives.values():
             life.verify()
-        assert self.pool.num_held == 0
+        assert self.pool.num_held == self.pool.num_pinned == 0
 
 
 EngineMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)

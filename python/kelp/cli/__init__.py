@@ -8,16 +8,19 @@ from typing import NoReturn
 
 import typer
 
-from kelp.cli import machine, router, serving, sim
+from kelp.cli import eviction, machine, router, serving, sim
 from kelp.core.errors import KelpError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
+_sim = typer.Typer(invoke_without_command=True)
+_sim.callback()(sim.sim_command)
+_sim.command("evict")(eviction.evict_command)
 app.command("serve")(serving.serve_command)
 app.command("scale")(serving.scale)
 app.command("drain")(serving.drain)
 app.command("router")(router.router_command)
 app.command("doctor")(machine.doctor_command)
-app.command("sim")(sim.sim_command)
+app.add_typer(_sim, name="sim")
 app.command("version")(machine.version)
 
 

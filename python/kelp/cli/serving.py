@@ -13,6 +13,7 @@ from kelp.cli.options import ConfigFile, GrpcPort, effective_config, sayer
 from kelp.core.config import KelpConfig
 from kelp.core.errors import ConfigError, KelpError
 from kelp.supervisor import preflight, serve
+from kelp.supervisor.kv_manager import arena_folder_of
 from kelp.supervisor.model import prepare_model
 from kelp.supervisor.plan import ServeOptions
 from kelp.supervisor.ports import own_address
@@ -40,15 +41,19 @@ def repository_root() -> Path:
     return root
 
 
-def _for_run(config: KelpConfig, mode: Mode, num_workers: int, run_folder: Path, host: str) -> KelpConfig:
+def _for_run(
+    config: KelpConfig, mode: Mode, num_workers: int, run_folder: Path, listening: tuple[str, int]
+) -> KelpConfig:
     """The run's own registry, and what depends on the number of workers and the address."""
-    defaults, address = KelpConfig(), own_address(host)
+    defaults, address, grpc_port = KelpConfig(), own_address(listening[0]), listening[1]
     changes: dict[str, dict[str, object]] = {
         "registry": {"path": run_folder / "registry"},
         "server": {"workers_on_host": num_workers},
     }
     if config.server.host == defaults.server.host:
         changes["server"]["host"] = address
+    if config.kv_manager.arena_folder == defaults.kv_manager.arena_folder:
+        changes["kv_manager"] = {"arena_folder": arena_folder_of(grpc_port)}
     if config.handoff.host == defaults.handoff.host:
         changes["handoff"] = {"host": address}
     if mode is Mode.AGGREGATED:
@@ -112,7 +117,7 @@ def serve_command(
         }
         effective = effective_config(config, chosen, lora or [], settings or [])
         options = ServeOptions(
-            config=_for_run(effective, mode, num_prefill + decode, run_folder, host),
+            config=_for_run(effective, mode, num_prefill + decode, run_folder, (host, grpc_port)),
             host=host,
             http_port=http_port,
             grpc_port=grpc_port,

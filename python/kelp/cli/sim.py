@@ -62,6 +62,7 @@ class _Outputs:
 
 
 def sim_command(
+    context: typer.Context,
     trace: Annotated[Path | None, typer.Option(help="Replay a Mooncake trace: .jsonl or .jsonl.gz.")] = None,
     sessions: Annotated[
         bool, typer.Option("--sessions", help="Play generated chats, agents and document questions (the default).")
@@ -103,6 +104,8 @@ def sim_command(
     png: Annotated[Path | None, typer.Option(help="Write the plots (extra `plots`).")] = None,
 ) -> None:
     """Judge routing policies: the real router and scheduler on a virtual clock."""
+    if context.invoked_subcommand is not None:
+        return
     outputs = _Outputs(json, html, png)
     outputs.check()
     contestants = [parse_contestant(text) for text in policy or _DEFAULT_POLICIES]
@@ -121,7 +124,7 @@ def sim_command(
         network=NetworkSpec(events_loss=events_loss),
         num_routers=routers,
     )
-    with _interruptible():
+    with interruptible():
         if trace is not None:
             workload = _trace(trace, requests, rate, spread_s, seed)
         else:
@@ -187,7 +190,7 @@ def _compare(conditions: Conditions, contestants: list[Contestant]) -> Compariso
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
+def interruptible() -> Iterator[None]:
     """SIGINT and SIGTERM end the command at once: no traceback, status 128 + signal, no half-written file."""
 
     def stop(number: int, _frame: FrameType | None) -> None:

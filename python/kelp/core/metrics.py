@@ -82,6 +82,9 @@ KV_TIER_CORRUPT = MetricFamily("kelp_kv_tier_corrupt_blocks_total", "counter", "
 KV_TIER_MOVED = MetricFamily("kelp_kv_tier_moved_bytes_total", "counter", "Bytes read from and written to a tier")
 KV_TIER_SECONDS = MetricFamily("kelp_kv_tier_seconds", "histogram", "Time of one call of a tier", _SECONDS)
 KV_TIER_QUEUE = MetricFamily("kelp_kv_tier_queue_blocks", "gauge", "Blocks that wait to be read or written")
+KV_TIER_EVENTS = MetricFamily("kelp_kv_tier_events_total", "counter", "What happened in a lower tier, by kind")
+KV_STORE_STATE = MetricFamily("kelp_kv_object_store", "gauge", "Whether the object store is used, by state")
+KV_STORE_BYTES = MetricFamily("kelp_kv_object_store_bytes", "gauge", "Bytes below the prefix at the last listing")
 KV_MANAGER_OPERATIONS = MetricFamily("kelp_kv_manager_operations_total", "counter", "Operations of workers, by kind")
 KV_MANAGER_REFUSED = MetricFamily("kelp_kv_manager_refused_total", "counter", "Operations refused, by error code")
 KV_MANAGER_HELD = MetricFamily("kelp_kv_manager_held", "gauge", "Leases, pins, stores and workers that are known")
@@ -101,7 +104,7 @@ FAMILIES = (
     INDEX_BYTES, APPROXIMATE_WORKERS,
     KV_EVENT_BLOCKS, KV_EVENT_DROPPED, KV_EVENT_RECOVERIES, KV_EVENT_WORKERS, KV_EVENT_MANAGERS,
     KV_TIER_BLOCKS, KV_TIER_BYTES, KV_TIER_HITS, KV_TIER_MISSES, KV_TIER_REMOVED, KV_TIER_REFUSED, KV_TIER_CORRUPT,
-    KV_TIER_MOVED, KV_TIER_SECONDS, KV_TIER_QUEUE, KV_MANAGER_OPERATIONS, KV_MANAGER_REFUSED, KV_MANAGER_HELD,
+    KV_TIER_MOVED, KV_TIER_SECONDS, KV_TIER_QUEUE, KV_TIER_EVENTS, KV_STORE_STATE, KV_STORE_BYTES, KV_MANAGER_OPERATIONS, KV_MANAGER_REFUSED, KV_MANAGER_HELD,
     KV_MANAGER_JOINED, KV_MANAGER_FAILURES, OFFLOAD_BLOCKS, ONBOARD_REQUESTS, ONBOARD_BLOCKS, ONBOARDED_BLOCKS,
 )  # fmt: skip
 

@@ -211,7 +211,7 @@ class SealedBlock:
 
 
 SealWatch = Callable[[Sequence[SealedBlock]], int]
-"""Takes sealed blocks of one sequence, in order, and says how many of them, from the first on, it keeps."""
+"""Takes sealed blocks of one tenant and says how many of them, from the first on, it keeps."""
 
 
 class Executor(Protocol):
@@ -288,16 +288,20 @@ class TieredExecutor(Executor, Protocol):
     def watch_seals(self, watch: SealWatch, watermark: float | None) -> None:
         """Tell of final blocks from the executor's thread; what the watch keeps is not evicted until `release_kept`.
 
-        To be called at most once, before the first `submit`. The watch never blocks.
+        To be called at most once, before the first `submit`. The watch never blocks. What it does not keep it is told
+        of again when others were sealed or released, unless it has been evicted.
 
         Args:
             watch: See `SealWatch`.
             watermark: None tells of blocks when they are sealed (write-through). Else of cached blocks that are next
-                to be evicted and were not told of before, while less than this share of the pool is free (write-back).
+                to be evicted and were not kept before, while less than this share of the pool is free (write-back).
         """
 
     def release_kept(self, block_ids: Sequence[BlockId]) -> None:
-        """Let go of kept blocks; each once."""
+        """Let go of kept blocks, each once; without any, tell again of those that were not kept."""
+
+    def count_cached(self, hashes: Sequence[SequenceHash]) -> int:
+        """How many leading ones of these blocks the prefix cache holds right now: a hint, it may change at once."""
 
     def complete_onboard(self, request_id: str, num_blocks: int) -> None:
         """The first `num_blocks` reserved blocks hold their KV, cached ones included: compute the rest.

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from kelp.core.config import KelpConfig
-from kelp.core.schema import LLM, worker_schema
-from kelp.core.schema_types import ModelSchema, TensorSpec
+from kelp.core.schema import KV_BLOCK_MANAGER, LLM, worker_schema
+from kelp.core.schema_types import RESTART_PARAMETER, ModelSchema, TensorSpec
 from kelp.supervisor.ports import own_address
 
 PortPicker = Callable[[str], int]
@@ -87,8 +87,9 @@ def worker_names(role: str, count: int) -> list[WorkerSpec]:
 
 
 def plan_servers(options: ServeOptions, pick_port: PortPicker) -> list[ServerSpec]:
-    """The servers to start, workers first so that the public one finds them."""
+    """The servers to start: those of workers before the public one, which looks for them, as they for the manager."""
     workers = worker_names("prefill", options.num_prefill) + worker_names("decode", options.num_decode)
+    managers = (KV_BLOCK_MANAGER.name,) if options.config.kv_manager.enabled else ()
     instances = options.config.server.router_instances
     beside = tuple(name for name in MODELS_BESIDE_WORKERS if instances == 1 or name != LLM.name)
     public = ServerSpec(
@@ -101,14 +102,15 @@ def plan_servers(options: ServeOptions, pick_port: PortPicker) -> list[ServerSpe
         router_instances=instances,
     )
     if options.is_isolated:
-        return [*(isolated_server(worker, options.host, pick_port) for worker in workers), public]
-    on_disk = tuple(worker.name for worker in workers if worker.is_on_disk)
+        alone = (*(WorkerSpec(name, name) for name in managers), *workers)
+        return [*(isolated_server(model, options.host, pick_port) for model in alone), public]
+    on_disk = (*managers, *(worker.name for worker in workers if worker.is_on_disk))
     added = tuple(worker for worker in workers if not worker.is_on_disk)
     return [replace(public, on_disk_models=(*on_disk, *beside), added_workers=added)]
 
 
 def isolated_server(worker: WorkerSpec, host: str, pick_port: PortPicker) -> ServerSpec:
-    """A server for one worker alone: no crash takes a neighbour along.
+    """A server for one worker (or the KV block manager) alone: no crash takes a neighbour along.
 
     It listens for processes of this host only; clients use the public one.
     """
@@ -137,6 +139,13 @@ def worker_model_config(worker: WorkerSpec) -> dict[str, Any]:
 def router_model_config(num_instances: int) -> dict[str, Any]:
     """Triton configuration of `llm` in several processes, each a router of its own."""
     return _model_config(LLM, num_instances)
+
+
+def kv_manager_config(num_restarts: int) -> dict[str, Any]:
+    """Triton configuration of the KV block manager, different with every restart: Triton loads nothing unchanged."""
+    config = _model_config(KV_BLOCK_MANAGER, 1)
+    config["parameters"] = {RESTART_PARAMETER: {"string_value": str(num_restarts)}}
+    return config
 
 
 def _model_config(schema: ModelSchema, num_instances: int) -> dict[str, Any]:

@@ -34,7 +34,8 @@ def check(options: ServeOptions) -> None:
     for folder in options.config.model.lora_adapters.values():
         adapter_digest(folder)
     num_workers = options.num_prefill + options.num_decode
-    shm.require_room(num_workers + len(MODELS_BESIDE_WORKERS) + options.config.server.router_instances - 1)
+    num_beside = len(MODELS_BESIDE_WORKERS) + options.config.server.router_instances - 1
+    shm.require_room(num_workers + num_beside + int(options.config.kv_manager.enabled))
     executor = options.config.executor
     if executor.engine == "mock":
         _require_memory(_MOCK_PROCESS_BYTES, num_workers)

@@ -16,7 +16,9 @@ from typing import NoReturn
 import psutil
 
 from kelp.core.errors import KelpError
+from kelp.core.schema import KV_BLOCK_MANAGER
 from kelp.supervisor import run_state
+from kelp.supervisor.kv_manager import KvManagerWatch, remove_arenas
 from kelp.supervisor.plan import (
     ServeOptions,
     ServerSpec,
@@ -147,11 +149,13 @@ class Serving:
         self._start_all(plan_servers(options, pick_free))
         self._publish(options.num_prefill, options.num_decode)
         on_ready()
+        manager_watch = KvManagerWatch(options.config, self._say)
         while True:
             time.sleep(_WATCH_S)
             self._follow_wanted()
             for supervised in list(self._servers):
                 supervised.watch(options.startup_timeout_s, self._say, self._signals)
+            manager_watch.check([supervised.server for supervised in self._servers])
 
     def _start_all(self, specs: list[ServerSpec]) -> None:
         started: list[Supervised] = []
@@ -181,7 +185,7 @@ class Serving:
 
     def _scale(self, wanted: run_state.WantedWorkers) -> None:
         workers = worker_names("prefill", wanted.num_prefill) + worker_names("decode", wanted.num_decode)
-        names = {f"kelp-{worker.name}" for worker in workers} | {"kelp"}
+        names = {f"kelp-{worker.name}" for worker in workers} | {"kelp", f"kelp-{KV_BLOCK_MANAGER.name}"}
         self._stop_servers([item for item in self._servers if item.server.spec.name not in names])
         running = {supervised.server.spec.name for supervised in self._servers}
         missing = [worker for worker in workers if f"kelp-{worker.name}" not in running]
@@ -216,6 +220,7 @@ class Serving:
             stop.start()
         for stop in stops:
             stop.join()
+        remove_arenas(self._options.config)
 
 
 def make_run_folder() -> Path:

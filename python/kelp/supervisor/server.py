@@ -21,7 +21,7 @@ from kelp.core.schema import LLM
 from kelp.supervisor import shm
 from kelp.supervisor.plan import ServerSpec, router_model_config, worker_model_config
 
-_BACKENDS = ("python", "kelp_router", "kelp_preprocess", "kelp_prefill", "kelp_decode")
+_BACKENDS = ("python", "kelp_router", "kelp_preprocess", "kelp_prefill", "kelp_decode", "kelp_kv_block_manager")
 _STOP_TIMEOUT_S = 20.0
 _POLL_S = 0.1
 _LOADS_AT_ONCE = 4

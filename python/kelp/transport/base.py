@@ -37,6 +37,11 @@ class Region:
         """Bytes from one block to the next."""
         return self.stride_bytes or self.block_bytes
 
+    @property
+    def span_bytes(self) -> int:
+        """Bytes from the start of the first block to the end of the last."""
+        return (self.num_blocks - 1) * self.stride + self.block_bytes
+
 
 class TransferState(enum.Enum):
     """What `Transfer.poll` reports."""
@@ -106,3 +111,80 @@ class Agent(Protocol):
 
     def close(self) -> None:
         """Deregister everything; idempotent. Registered memory may be freed afterwards."""
+
+
+@dataclass(frozen=True, slots=True)
+class SlotFile:
+    """An open file of equal slots: slot *s* is `slot_bytes` bytes at `s * slot_bytes`.
+
+    Attributes:
+        fd: With O_DIRECT, memory and slots are multiples of 4096 bytes.
+    """
+
+    fd: int
+    num_slots: int
+    slot_bytes: int
+
+
+class MoveOutcome(enum.Enum):
+    """What became of one slot of a `FileTransfer`; all but `MOVED` leave undefined bytes where it went."""
+
+    MOVED = "moved"
+    NO_SPACE = "no space"
+    SHORT = "short"
+    FAILED = "failed"
+    LATE = "late"
+    """Not known: memory and slot of the file are in `FileTransport.stuck` until it has ended."""
+
+
+class FileTransfer(Protocol):
+    """Some slots on their way between memory and a file."""
+
+    def wait(self, timeout_s: float) -> list[MoveOutcome]:
+        """Outcomes in the order of the moves, once; after `timeout_s` the transfer is abandoned."""
+
+
+@dataclass(frozen=True, slots=True)
+class StuckSlots:
+    """What abandoned transfers may still read or write: nobody else may use it, and its memory stays mapped.
+
+    Attributes:
+        memory: `(region, slot)`.
+        files: `(fd, slot)`.
+    """
+
+    memory: frozenset[tuple[Region, int]]
+    files: frozenset[tuple[int, int]]
+
+
+class FileTransport(Protocol):
+    """Moves slots between registered memory of this process and files of this machine; for one thread at a time."""
+
+    @property
+    def name(self) -> str:
+        """How it is done, for people."""
+
+    def register(self, region: Region, owner: object) -> None:
+        """Make memory usable; `owner` is kept alive until `close`, and for ever if a transfer is stuck."""
+
+    def attach(self, file: SlotFile) -> None:
+        """Make a file usable; its descriptor stays open until `close`."""
+
+    def start_read(self, file: SlotFile, region: Region, moves: Sequence[tuple[int, int]]) -> FileTransfer:
+        """Read into memory: `(slot of the region, slot of the file)`; both have slots of `slot_bytes`.
+
+        Never raises for what the file system does: `FileTransfer.wait` says so of each slot.
+        """
+
+    def start_write(self, file: SlotFile, region: Region, moves: Sequence[tuple[int, int]]) -> FileTransfer:
+        """Write from memory: see `start_read`. Says nothing of durability: that takes an fdatasync."""
+
+    def stuck(self) -> StuckSlots:
+        """What abandoned transfers that have not ended yet may still touch."""
+
+    def close(self) -> bool:
+        """Give everything back; idempotent.
+
+        Returns:
+            False if a transfer is still stuck: its memory and descriptor are then leaked on purpose.
+        """

@@ -73,7 +73,7 @@ def device_number(region: Region) -> int:
 def descriptor_rows(region: Region) -> npt.NDArray[np.uint64]:
     """`[num_blocks, 3]`: address, bytes and device number of each block."""
     rows = np.empty((region.num_blocks, 3), dtype=np.uint64)
-    offsets = np.arange(region.num_blocks, dtype=np.uint64) * np.uint64(region.block_bytes)
+    offsets = np.arange(region.num_blocks, dtype=np.uint64) * np.uint64(region.stride)
     rows[:, 0] = np.uint64(region.base_address) + offsets
     rows[:, 1] = region.block_bytes
     rows[:, 2] = device_number(region)
@@ -108,13 +108,15 @@ def check_read(
 
 
 def check_regions(local: Region | None, remote: Region) -> Region:
-    """The local region, if blocks of `remote` fit into it one to one.
+    """The local region, if blocks of `remote` fit into it one to one; how far apart they lie is each side's business.
 
     Raises:
-        ProtocolError: Nothing is registered, or the block sizes differ.
+        ProtocolError: Nothing is registered, the block sizes differ, or the remote blocks would overlap.
     """
     if local is None:
         raise ProtocolError("connect: this agent has registered no region")
     if remote.block_bytes != local.block_bytes:
         raise ProtocolError(f"connect: block_bytes is {remote.block_bytes}, this pool has {local.block_bytes}")
+    if remote.stride < remote.block_bytes:
+        raise ProtocolError(f"connect: stride_bytes is {remote.stride}, below block_bytes {remote.block_bytes}")
     return local

@@ -197,12 +197,12 @@ class LocalAgent:
 
 
 def _address(region: Region, block_id: BlockId) -> int:
-    return region.base_address + block_id * region.block_bytes
+    return region.base_address + block_id * region.stride
 
 
 def _contains(outer: Region, inner: Region) -> bool:
     begin = outer.base_address <= inner.base_address
-    end = _address(inner, BlockId(inner.num_blocks)) <= _address(outer, BlockId(outer.num_blocks))
+    end = inner.base_address + inner.span_bytes <= outer.base_address + outer.span_bytes
     return begin and end and outer.device == inner.device
 
 

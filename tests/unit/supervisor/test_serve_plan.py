@@ -17,6 +17,7 @@ from kelp.supervisor.plan import (
     ServeOptions,
     ServerSpec,
     WorkerSpec,
+    kv_manager_config,
     plan_servers,
     router_model_config,
     worker_model_config,
@@ -60,7 +61,7 @@ def test_workers_are_named_after_their_role_and_numbered_from_the_second() -> No
 
 def test_the_compact_layout_is_one_server_with_everything() -> None:
     (server,) = plan(num_prefill=2, num_decode=3)
-    assert server.on_disk_models == ("prefill", "decode", "preprocess", "llm")
+    assert server.on_disk_models == ("kv_block_manager", "prefill", "decode", "preprocess", "llm")
     assert [worker.name for worker in server.added_workers] == ["prefill_1", "decode_1", "decode_2"]
     assert server.model_names == (*server.on_disk_models, "prefill_1", "decode_1", "decode_2")
     assert (server.http_port, server.grpc_port, server.metrics_port) == (8000, 8001, 8002)
@@ -88,17 +89,31 @@ def test_routers_that_are_loaded_look_like_the_one_on_disk_but_for_their_number(
 
 def test_aggregated_serving_has_no_prefill_worker() -> None:
     (server,) = plan(num_prefill=0)
-    assert server.on_disk_models == ("decode", *MODELS_BESIDE_WORKERS)
+    assert server.on_disk_models == ("kv_block_manager", "decode", *MODELS_BESIDE_WORKERS)
 
 
 def test_the_isolated_layout_has_a_server_per_worker_and_the_public_one_last() -> None:
-    *workers, public = plan(num_prefill=1, num_decode=2, is_isolated=True)
+    manager, *workers, public = plan(num_prefill=1, num_decode=2, is_isolated=True)
+    assert (manager.name, manager.model_names) == ("kelp-kv_block_manager", ("kv_block_manager",))
     assert [worker.model_names for worker in workers] == [("prefill",), ("decode",), ("decode_1",)]
     assert (public.name, public.model_names) == ("kelp", MODELS_BESIDE_WORKERS)
     assert all(worker.http_port is None for worker in workers)
-    ports = [port for server in (*workers, public) for port in (server.grpc_port, server.metrics_port)]
+    ports = [port for server in (manager, *workers, public) for port in (server.grpc_port, server.metrics_port)]
     assert len(set(ports)) == len(ports)
-    assert len({server.name for server in (*workers, public)}) == 4
+    assert len({server.name for server in (manager, *workers, public)}) == 5
+
+
+@pytest.mark.parametrize("is_isolated", [False, True])
+def test_without_a_kv_block_manager_none_is_planned(is_isolated: bool) -> None:
+    config = load_config({"kv_manager.enabled": "false"})
+    planned = plan_servers(replace(options(is_isolated=is_isolated), config=config), lambda host: 9000)
+    assert all("kv_block_manager" not in server.model_names for server in planned)
+
+
+def test_every_restart_of_the_manager_has_another_configuration_that_says_the_same() -> None:
+    first, second = kv_manager_config(1), kv_manager_config(2)
+    assert first != second
+    assert {**first, "parameters": {}} == {**second, "parameters": {}}
 
 
 def test_the_command_line_is_the_documented_one_plus_addresses() -> None:

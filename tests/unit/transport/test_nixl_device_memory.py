@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from kelp.core.types import KVLayout
-from kelp.transport import nixl
 from kelp.transport.base import Region
 from kelp.transport.layout import descriptor_rows, device_number, pool_region
+from kelp.transport.nixl import NixlAgent
+from kelp.transport.nixl import agent as agent_module
 
 LAYOUT = KVLayout(4, num_layers=2, num_kv_heads=2, block_size=4, head_dim=8, dtype="bfloat16", model_id="m")
 nixlBind = SimpleNamespace(
@@ -38,25 +39,27 @@ class RecordingAgent:
         return SimpleNamespace(release=lambda: None)
 
 
+def scratch_at_64(region: Region) -> tuple[Region, object]:
+    return Region(64, 1, region.block_bytes, region.device), None
+
+
 @pytest.fixture
-def agent(monkeypatch: pytest.MonkeyPatch) -> nixl.NixlAgent:
+def agent(monkeypatch: pytest.MonkeyPatch) -> NixlAgent:
     api = SimpleNamespace(
         nixlBind=nixlBind,
         nixl_agent=RecordingAgent,
         nixl_agent_config=lambda **_: object(),
         nixl_thread_sync_t=SimpleNamespace(NIXL_THREAD_SYNC_STRICT=object()),
     )
-    monkeypatch.setattr(nixl, "_import_nixl", lambda: api)
-    monkeypatch.setattr(nixl, "_scratch_block", lambda region: (Region(64, 1, region.block_bytes, region.device), None))
-    return nixl.NixlAgent("decode")
+    monkeypatch.setattr(agent_module, "import_nixl", lambda: api)
+    monkeypatch.setattr(agent_module, "_scratch_block", scratch_at_64)
+    return NixlAgent("decode")
 
 
 @pytest.mark.parametrize(
     ("device", "memory_type", "number"), [("cpu", "DRAM", 0), ("cuda:0", "VRAM", 0), ("cuda:3", "VRAM", 3)]
 )
-def test_a_pool_is_registered_as_the_memory_that_it_is(
-    agent: nixl.NixlAgent, device: str, memory_type: str, number: int
-):
+def test_a_pool_is_registered_as_the_memory_that_it_is(agent: NixlAgent, device: str, memory_type: str, number: int):
     region = pool_region(LAYOUT, 4096, device)
     agent.register(region, owner=None)
     pool, scratch = agent._agent.registered
@@ -65,6 +68,13 @@ def test_a_pool_is_registered_as_the_memory_that_it_is(
     (_, rows, prepared_type), _ = agent._agent.prepared
     assert prepared_type == memory_type
     assert rows.tolist() == [[4096 + block * LAYOUT.block_bytes, LAYOUT.block_bytes, number] for block in range(4)]
+    agent.close()
+
+
+def test_blocks_that_lie_apart_are_registered_with_what_lies_between_them(agent: NixlAgent) -> None:
+    agent.register(Region(4096, 3, 100, "cpu", stride_bytes=128), owner=None)
+    assert agent._agent.registered[0] == ([(4096, 2 * 128 + 100, 0, "")], "DRAM")
+    assert agent._agent.prepared[0][1].tolist() == [[4096, 100, 0], [4224, 100, 0], [4352, 100, 0]]
     agent.close()
 
 

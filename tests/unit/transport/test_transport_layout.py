@@ -83,6 +83,17 @@ def test_pools_with_different_block_sizes_do_not_connect() -> None:
         check_regions(Region(0, 2, 64, "cpu"), Region(0, 2, 32, "cpu"))
 
 
+def test_pools_may_space_their_blocks_differently() -> None:
+    local, remote = Region(0, 2, 64, "cpu", stride_bytes=4096), Region(0, 2, 64, "cpu")
+    assert check_regions(local, remote) is local
+    assert check_regions(remote, local) is remote
+
+
+def test_a_pool_whose_blocks_overlap_is_refused() -> None:
+    with pytest.raises(ProtocolError, match="stride_bytes is 63"):
+        check_regions(Region(0, 2, 64, "cpu"), Region(0, 2, 64, "cpu", stride_bytes=63))
+
+
 def test_metadata_survives_its_envelope() -> None:
     packed = pack_metadata("nixl", "worker:1", b"\0binary\xff")
     assert unpack_metadata("nixl", packed) == ("worker:1", b"\0binary\xff")

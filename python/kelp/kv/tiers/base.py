@@ -10,12 +10,16 @@ some blocks says for which; it never raises for content that is damaged or missi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from kelp.core.types import SequenceHash
 from kelp.transport.base import Region
+
+
+STORE_STATES = ("closed", "open", "half-open", "starting")
+"""All is well; left alone; to be tried; without its process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +78,17 @@ class DiskTier(Protocol):
     def num_slots(self) -> int:
         """Places for blocks."""
 
+    @property
+    def events(self) -> Mapping[str, int]:
+        """What happened so far, by kind, for metrics: only ever grows."""
+
+    @property
+    def stuck_slots(self) -> frozenset[int]:
+        """Arena slots of a `read` or `write` that a hanging disk has not let go of: to be asked after one has failed.
+
+        The disk may still write to them, however late, so nothing may be put there while they are named here.
+        """
+
     def write(self, moves: Sequence[tuple[int, int, BlockRecord]]) -> list[bool]:
         """Write blocks from arena slots into disk slots: `(arena_slot, disk_slot, record)`; says which are durable.
 
@@ -105,11 +120,26 @@ class ObjectTier(Protocol):
         """False while the store has failed too often and is left alone."""
 
     @property
+    def state(self) -> str:
+        """One of `STORE_STATES`."""
+
+    @property
+    def events(self) -> Mapping[str, int]:
+        """What happened so far, by kind, for metrics: only ever grows. `damaged` are blocks."""
+
+    @property
+    def stored_bytes(self) -> int:
+        """What the last listing found below the prefix, of all hosts and models."""
+
+    @property
     def group_blocks(self) -> int:
         """Blocks per object; group *i* of a sequence is its blocks `[i * group_blocks, (i + 1) * group_blocks)`."""
 
     def put(self, arena_slots: Sequence[int], records: Sequence[BlockRecord]) -> bool:
         """Write one whole group; True once the store has it (or had it)."""
+
+    def put_groups(self, groups: Sequence[tuple[Sequence[int], Sequence[BlockRecord]]]) -> list[bool]:
+        """Write several groups, some of them at once; each as in `put`."""
 
     def find(self, hashes: Sequence[SequenceHash], first_position: int, tenant: bytes) -> int:
         """How many leading blocks of `hashes` the store is known to have. Asks the store at most once, briefly."""
@@ -118,6 +148,12 @@ class ObjectTier(Protocol):
         self, moves: Sequence[tuple[SequenceHash, int]], first_position: int, tenant: bytes
     ) -> list[BlockRecord | None]:
         """Read consecutive blocks into arena slots: `(hash, arena_slot)`; a record for each that is right."""
+
+    def quarantined(self) -> frozenset[int]:
+        """Arena slots that a request which failed could still write into: nothing may be put there meanwhile.
+
+        Empty but for the moments in which a killed process is not yet known to be dead.
+        """
 
     def forget(self, tenant: bytes | None) -> int:
         """Delete all objects of a tenant (None: of all), whoever wrote them; returns how many there were."""

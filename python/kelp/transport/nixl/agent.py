@@ -1,13 +1,11 @@
-"""NIXL over UCX: the transport between processes and hosts, and the only importer of nixl.
+"""NIXL over UCX: the transport between processes and hosts.
 
-Everything that NIXL needs handling for is handled here (docs/architecture.md, "Transport"):
+What UCX's backend needs handling for is handled here (docs/architecture.md, "Transport"):
 
-- UCX's EFA module crashes every process at exit on hosts without EFA; it is disabled before the import.
 - Agents are not thread-safe: one lock owns ours, and NIXL's own strict mode covers its destructors.
 - A same-host READ runs inside the post, so callers use worker threads (see `base`).
 - A peer's name is unique per incarnation, so a restarted peer never meets its predecessor's metadata.
 - The first READ from a peer pays for wiring up; `connect` does it, into a scratch block.
-- The progress thread would poll without pause; it is made to wait for events (docs/decisions/0005).
 - Descriptors are one per block, prepared once per pool; NIXL's pickled descriptors are never used.
 - A handle that fails may still have parts in flight; only removing the peer stops them (`disconnect`).
 """
@@ -15,107 +13,26 @@ Everything that NIXL needs handling for is handled here (docs/architecture.md, "
 from __future__ import annotations
 
 import contextlib
-import importlib
 import logging
-import os
-import sys
 import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kelp.core.errors import ConfigError, FatalTransferError, KelpError, ProtocolError, RetryableTransferError
+from kelp.core.errors import ConfigError, FatalTransferError, ProtocolError, RetryableTransferError
 from kelp.core.types import BlockId
 from kelp.transport.base import Peer, Region, TransferState
 from kelp.transport.layout import check_read, check_regions, descriptor_rows, device_number
 from kelp.transport.metadata import pack_metadata, unpack_metadata
+from kelp.transport.nixl.library import error_types, import_nixl, memory_type, sleeping_progress_thread, typed_error
 
 _log = logging.getLogger(__name__)
 
-_META_PACKAGE, _WHEELS = "nixl", ("nixl_cu12", "nixl_cu13")
-_INFINIBAND = Path("/sys/class/infiniband")
-_ENVIRONMENT = {
-    "NIXL_LOG_LEVEL": "WARN",
-    "UCX_LOG_LEVEL": "error",
-    "UCX_RCACHE_MAX_UNRELEASED": "1024",
-}
-"""Set where the operator has not; without the last one UCX's registration cache grows without bound."""
-
-_PROGRESS_DELAY_US = 100_000
 _WARM_UP_TIMEOUT_S, _WARM_UP_POLL_S = 10.0, 0.0005
-_PROTOCOL_ERRORS = ("nixlNotFoundError", "nixlInvalidParamError", "nixlMismatchError", "nixlNotAllowedError")
-
-
-def _has_efa() -> bool:
-    return any(driver.resolve().name == "efa" for driver in _INFINIBAND.glob("*/device/driver"))
-
-
-def _import_nixl() -> Any:
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    if not _has_efa():
-        os.environ.setdefault("UCX_MODULES", "^efa")
-    # The meta package wants torch's CUDA version and imports a CPU-only torch to ask it: 3 s and 200 MB. In a process
-    # without torch any wheel does, because no accelerator's memory is registered there.
-    packages = (_META_PACKAGE, *_WHEELS) if "torch" in sys.modules else (*_WHEELS, _META_PACKAGE)
-    reasons = []
-    for package in packages:
-        try:
-            return importlib.import_module(f"{package}._api")
-        except ImportError as error:
-            reasons.append(f"{package}: {error}")
-    raise ConfigError(f"handoff.transport: nixl needs its wheel: pip install 'kelp[nixl]' ({'; '.join(reasons)})")
-
-
-@dataclass(frozen=True)
-class _Overlay:
-    """A module with some names replaced."""
-
-    module: Any
-    replaced: dict[str, Any]
-
-    def __getattr__(self, name: str) -> Any:
-        return self.replaced[name] if name in self.replaced else getattr(self.module, name)
-
-
-@contextmanager
-def _sleeping_progress_thread(api: Any) -> Iterator[None]:
-    """Agents made inside wait for events instead of polling.
-
-    The Python API fixes the progress thread's `pthrDelay` at 0: it polls without pause and takes most of a core per
-    idle agent. With a delay it sleeps on UCX's event descriptors, and the delay is only an upper bound.
-    """
-    module: Any = sys.modules[api.nixl_agent.__module__]
-    bindings = module.nixlBind
-
-    def set_field(config: Any, name: str, value: Any) -> None:
-        bindings.nixlAgentConfig.__setattr__(config, name, _PROGRESS_DELAY_US if name == "pthrDelay" else value)
-
-    event_driven = type("EventDrivenConfig", (bindings.nixlAgentConfig,), {"__setattr__": set_field})
-    module.nixlBind = _Overlay(bindings, {"nixlAgentConfig": event_driven})
-    try:
-        yield
-    finally:
-        module.nixlBind = bindings
-
-
-def _typed(error: Exception, what: str) -> KelpError:
-    kind = type(error).__name__
-    if kind == "nixlRemoteDisconnectError":
-        return FatalTransferError(f"{what}: the peer is gone ({error})")
-    if kind in _PROTOCOL_ERRORS or isinstance(error, ValueError):
-        return ProtocolError(f"{what}: {kind}: {error}")
-    return RetryableTransferError(f"{what}: {kind}: {error}")
-
-
-def _memory_type(device: str) -> str:
-    return "DRAM" if device == "cpu" else "VRAM"
 
 
 def _scratch_block(region: Region) -> tuple[Region, object]:
@@ -165,9 +82,9 @@ class NixlAgent:
     """
 
     def __init__(self, name: str) -> None:
-        api = _import_nixl()
+        api = import_nixl()
         self.name = f"{name}:{uuid.uuid4().hex}"
-        self._errors = _error_types(api)
+        self._errors = error_types(api)
         self._load_errors: tuple[type[Exception], ...] = (*self._errors, RuntimeError, ValueError)
         self._lock = threading.RLock()
         self._peers: dict[str, NixlPeer] = {}
@@ -178,7 +95,7 @@ class NixlAgent:
         strict = api.nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT
         config = api.nixl_agent_config(enable_prog_thread=True, backends=["UCX"], sync_mode=strict)
         try:
-            with _sleeping_progress_thread(api):
+            with sleeping_progress_thread(api):
                 self._agent = api.nixl_agent(self.name, config)
         except self._load_errors as error:
             raise ConfigError(f"handoff.transport: nixl: the UCX backend does not start: {error}") from error
@@ -194,11 +111,10 @@ class NixlAgent:
         self._region = region
 
     def _add_memory(self, region: Region, owner: object) -> Any:
-        num_bytes = region.num_blocks * region.block_bytes
-        rows = [(region.base_address, num_bytes, device_number(region), "")]
+        rows = [(region.base_address, region.span_bytes, device_number(region), "")]
         self._kept_alive.append(owner)
-        self._registered.append(self._agent.register_memory(rows, _memory_type(region.device)))
-        return self._agent.prep_xfer_dlist("NIXL_INIT_AGENT", descriptor_rows(region), _memory_type(region.device))
+        self._registered.append(self._agent.register_memory(rows, memory_type(region.device)))
+        return self._agent.prep_xfer_dlist("NIXL_INIT_AGENT", descriptor_rows(region), memory_type(region.device))
 
     def metadata(self) -> bytes:
         """See `base.Agent`."""
@@ -224,10 +140,10 @@ class NixlAgent:
             try:
                 if self._agent.add_remote_agent(connection) != agent_name.encode():
                     raise ValueError("the metadata is of another agent than it says")
-                blocks = self._agent.prep_xfer_dlist(agent_name, descriptor_rows(region), _memory_type(region.device))
+                blocks = self._agent.prep_xfer_dlist(agent_name, descriptor_rows(region), memory_type(region.device))
             except self._load_errors as error:
                 self._quietly(self._agent.remove_remote_agent, agent_name)
-                raise _typed(error, "connect") from error
+                raise typed_error(error, "connect") from error
             peer = self._peers[agent_name] = NixlPeer(agent_name, region, blocks)
             return peer
 
@@ -323,7 +239,7 @@ class NixlAgent:
             try:
                 yield
             except self._errors as error:
-                raise _typed(error, what) from error
+                raise typed_error(error, what) from error
 
     def _quietly(self, release: Any, *arguments: Any) -> bool:
         try:
@@ -332,9 +248,3 @@ class NixlAgent:
             _log.debug("nixl: release: %s", error)
             return False
         return True
-
-
-def _error_types(api: Any) -> tuple[type[Exception], ...]:
-    bindings = vars(api.nixlBind)
-    names = [name for name in bindings if name.startswith("nixl") and name.endswith("Error")]
-    return tuple(bindings[name] for name in names)

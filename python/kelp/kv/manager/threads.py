@@ -1,0 +1,58 @@
+"""One thread for one tier: its calls may block, and one at a time is what a tier takes.
+
+Work is done in the order in which it was asked for, so what is cleared first is cleared before it is written again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from kelp.core.errors import InternalError, KelpError
+
+_log = logging.getLogger(__name__)
+ResultT = TypeVar("ResultT")
+
+
+class TierThread:
+    """Runs a tier's calls; asked from one event loop.
+
+    Attributes:
+        num_waiting: Calls that have not ended.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix=name)
+        self.num_waiting = 0
+
+    def start(self, call: Callable[..., ResultT], *arguments: Any) -> asyncio.Future[ResultT]:
+        """Run a call; whoever awaits it may go away, the call still ends."""
+        self.num_waiting += 1
+        running = asyncio.get_running_loop().run_in_executor(self._executor, call, *arguments)
+        running.add_done_callback(self._ended)
+        return running
+
+    async def run(self, call: Callable[..., ResultT], *arguments: Any) -> ResultT:
+        """Run a call to its end.
+
+        Raises:
+            KelpError: What the call raised; InternalError for anything that it should not.
+        """
+        try:
+            return await self.start(call, *arguments)
+        except KelpError:
+            raise
+        except Exception as error:
+            raise InternalError(f"KV tier: {type(error).__name__}: {error}") from error
+
+    def close(self) -> None:
+        """Let what has been asked for end; blocks."""
+        self._executor.shutdown(wait=True)
+
+    def _ended(self, done: asyncio.Future[Any]) -> None:
+        self.num_waiting -= 1
+        if not done.cancelled() and (error := done.exception()) is not None:
+            _log.error("a call of a KV tier failed", exc_info=error)

@@ -1,0 +1,219 @@
+"""The KV block manager and its workers killed and stopped under load: no wrong token, nothing lost, nothing held.
+
+Real processes over NIXL and gRPC; the mock engine checks every byte that is brought, and knows what must be said.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import random
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kelp.client.base import WorkerAddress
+from kelp.client.grpc.kv_manager import GrpcKvManagerClient
+from kelp.core.kv_manager_messages import GetStats, Stats
+from support.serving import free_ports
+from support.waiting import wait_until
+
+pytestmark = pytest.mark.skipif(
+    not any(importlib.util.find_spec(name) for name in ("nixl", "nixl_cu12", "nixl_cu13")), reason="nixl is missing"
+)
+LEASE_TTL_S = 1.0
+_START_S = 60.0
+
+
+class Process:
+    """One of the two scripts, and what it has printed."""
+
+    def __init__(self, script: str, *arguments: str) -> None:
+        path = Path(__file__).with_name(script)
+        self.process = subprocess.Popen(
+            [sys.executable, str(path), *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self.wait_line("READY")
+
+    def wait_line(self, prefix: str) -> None:
+        def has_come() -> bool:
+            found = any(line.startswith(prefix) for line in self.lines)
+            assert found or self.process.poll() is None, "".join(self.lines[-40:])
+            return found
+
+        wait_until(has_come, prefix, _START_S)
+
+    def send(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def close(self) -> None:
+        self.kill()
+        self._reader.join()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        self.lines += iter(self.process.stdout.readline, "")
+
+
+class WorkerProcess(Process):
+    def done(self) -> tuple[int, int]:
+        """Requests answered and blocks onboarded so far."""
+        line = next((line for line in reversed(self.lines) if line.startswith("DONE ")), "DONE 0 0")
+        num_requests, num_blocks = line.split()[1:]
+        return int(num_requests), int(num_blocks)
+
+    def wait_more(self, num_requests: int, num_blocks: int = 0) -> None:
+        """Wait until it has answered and onboarded so many more."""
+        requests, blocks = self.done()
+
+        def has_gone_on() -> bool:
+            assert self.process.poll() is None, "".join(self.lines[-40:])
+            now = self.done()
+            return now[0] >= requests + num_requests and now[1] >= blocks + num_blocks
+
+        wait_until(has_gone_on, f"{num_requests} more requests, {num_blocks} more blocks", 60.0)
+
+    def finish(self) -> None:
+        """Let it end by itself: it says that nothing is held."""
+        self.send(signal.SIGTERM)
+        self.wait_line("CLEAN")
+        assert self.process.wait(30.0) == 0
+
+
+class Stage:
+    """One host: its manager, its workers, what is left of them."""
+
+    def __init__(self, folder: Path) -> None:
+        (folder / "config.json").write_text(json.dumps({"vocab_size": 64, "max_position_embeddings": 4096}))
+        self._folder = folder
+        (self._port,) = free_ports(1)
+        self.processes: list[Process] = []
+        self._settings = [
+            f"registry.path={folder / 'registry'}",
+            "registry.heartbeat_s=0.1",
+            "registry.expiry_s=1.5",
+            f"kv_manager.arena_folder={folder / 'arena'}",
+            f"kv_manager.host_bytes={512 * 1024}",
+            f"kv_manager.lease_ttl_s={LEASE_TTL_S}",
+            f"disk_tier.path={folder / 'disk'}",
+            f"disk_tier.max_bytes={4 * 1024 * 1024}",
+            "events.enabled=false",
+            "offload.onboard=always",
+            "offload.call_timeout_s=0.5",
+        ]
+
+    def start_manager(self) -> Process:
+        return self._add(Process("kv_manager_server.py", str(self._port), *self._settings))
+
+    def start_worker(self, name: str = "w") -> WorkerProcess:
+        worker = WorkerProcess("kv_worker_process.py", name, str(self._folder), *self._settings)
+        self.processes.append(worker)
+        return worker
+
+    def stats(self) -> dict[str, float]:
+        """What the manager counts."""
+
+        async def ask() -> dict[str, float]:
+            client = GrpcKvManagerClient()
+            try:
+                address = WorkerAddress(f"127.0.0.1:{self._port}", "kv_block_manager")
+                (result,) = await client.call(address, [GetStats()], 5.0)
+            finally:
+                await client.close()
+            assert isinstance(result, Stats)
+            return dict(result.values)
+
+        return asyncio.run(ask())
+
+    def wait_nothing_held(self) -> None:
+        """Leases, stores, references and quarantined slots end by themselves."""
+
+        def held() -> dict[str, float]:
+            return {
+                name: value
+                for name, value in self.stats().items()
+                if name.startswith("kelp_kv_manager_held")
+                and value
+                and "workers" not in name
+                and "unverified" not in name
+            }
+
+        wait_until(lambda: not held(), "nothing held", 30.0)
+
+    def _add(self, process: Process) -> Process:
+        self.processes.append(process)
+        return process
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Iterator[Stage]:
+    stage = Stage(tmp_path)
+    yield stage
+    for process in stage.processes:
+        process.close()
+
+
+def test_a_manager_killed_at_any_moment_costs_no_answer_and_is_used_again(
+    stage: Stage, request: pytest.FixtureRequest
+) -> None:
+    generator = random.Random(5)
+    manager, worker = stage.start_manager(), stage.start_worker()
+    worker.wait_more(20, 20)
+    for _ in range(request.config.getoption("--kv-kills", default=3)):
+        worker.wait_more(generator.randrange(1, 60))
+        manager.kill()
+        worker.wait_more(10)
+        manager = stage.start_manager()
+        worker.wait_more(20, 20)
+    worker.finish()
+    stage.wait_nothing_held()
+    manager.send(signal.SIGTERM)
+    assert manager.process.wait(30.0) == 0
+    assert not [path for path in (stage._folder / "arena").rglob("*") if path.is_file()], "an orderly stop removes it"
+
+
+def test_a_worker_killed_while_it_stores_and_onboards_leaves_the_manager_nothing(stage: Stage) -> None:
+    generator = random.Random(6)
+    stage.start_manager()
+    other = stage.start_worker("other")
+    for _ in range(2):
+        victim = stage.start_worker("victim")
+        victim.wait_more(generator.randrange(5, 60), 5)
+        victim.kill()
+        other.wait_more(20, 20)
+    other.finish()
+    stage.wait_nothing_held()
+
+
+@pytest.mark.parametrize("stopped", ["manager", "worker"])
+def test_a_process_that_sleeps_longer_than_its_leases_spoils_no_answer(stage: Stage, stopped: str) -> None:
+    manager, worker = stage.start_manager(), stage.start_worker()
+    other = stage.start_worker("other")
+    worker.wait_more(20, 20)
+    sleeper = manager if stopped == "manager" else worker
+    for _ in range(2):
+        other.wait_more(7)
+        sleeper.send(signal.SIGSTOP)
+        other.wait_more(20)
+        pause = threading.Event()
+        pause.wait(2 * LEASE_TTL_S)
+        sleeper.send(signal.SIGCONT)
+        worker.wait_more(20, 20)
+    worker.finish()
+    other.finish()
+    stage.wait_nothing_held()
