@@ -22,12 +22,14 @@ class Comparison:
         value: Its figure, in the unit of the measurement.
         ratio: Above 1 is better than the reference; None where it could not be computed.
         bar: Least acceptable ratio, or None where the comparison only informs.
+        is_bar_for_best: The bar is for the best ratio that the interval does not exclude.
     """
 
     reference: str
     value: float
     ratio: Ratio | None
     bar: float | None = None
+    is_bar_for_best: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +119,9 @@ def judge(measurement: Measurement, needs_reference: bool) -> Verdict:
         return Verdict(True, True, "")
     if ratio is None:
         return Verdict(False, False, f"the bar of {bar} has no ratio to be compared with")
-    if ratio.value < bar:
-        return Verdict(True, False, f"ratio {ratio.value:.2f} is below the bar of {bar}")
+    judged = ratio.high if comparison is not None and comparison.is_bar_for_best else ratio.value
+    if judged < bar:
+        return Verdict(True, False, f"ratio {judged:.2f} is below the bar of {bar:.3g}")
     return Verdict(True, True, "")
 
 

@@ -17,7 +17,7 @@ from kelp.core.schema import KV_BLOCK_MANAGER
 from perf.serving.client import read_outputs, split_strings
 from perf.suite import BenchError
 
-_TIMEOUT_S = 120.0
+_TIMEOUT_S = 300.0
 _CHANNEL_OPTIONS = [("grpc.max_receive_message_length", 64 * 1024 * 1024)]
 _LENGTH = struct.Struct("<I")
 

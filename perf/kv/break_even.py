@@ -33,6 +33,7 @@ def break_even_tokens(bring: Mapping[int, float], compute: Mapping[int, float], 
     Args:
         bring: Seconds by number of tokens.
         compute: The same for computing them.
+        block_size: Tokens of a block.
 
     Returns:
         One block at least, `MAX_TOKENS` at most.

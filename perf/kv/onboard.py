@@ -1,7 +1,7 @@
 """TTFT of a prompt whose prefix is onboarded from each tier, against computing it, through the served system.
 
 A round has a fresh prompt of each length. `plain` computes it; a worker of `first` computes it too, and stores it; when
-it lies on disk and in the store as well, a second worker onboards it from the arena (G2) and another host from the store
+it lies on disk and in the store as well, a second worker onboards it from the arena (G2), another host from the store
 (G4). The prompts of the round before have left the small arena by then: a third worker onboards them from disk (G3).
 What a request found where is read off the managers' counters, and a sample that came from elsewhere does not count.
 """
@@ -12,6 +12,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,7 +42,7 @@ _TAIL_TOKENS = 8
 _SPARE_BLOCKS = 20
 _MIN_SHARE = 0.95
 """Of the prefix, must have come from the tier in question."""
-_SETTLE_S = 60.0
+_SETTLE_S = 120.0
 _THREADS = 2
 
 
@@ -81,6 +82,9 @@ def fault_of(reply: Reply, length: int, tier: Tier, found: dict[str, float]) -> 
     """Why a sample does not count; empty if it does.
 
     Args:
+        reply: What came.
+        length: Tokens of the prefix.
+        tier: Where it was meant to come from.
         found: Blocks found by tier during the request, by the tier's name.
     """
     least = _MIN_SHARE * length
@@ -196,9 +200,7 @@ class _Rounds:
 
 def _hits(asker: Asker) -> dict[str, float]:
     stats = asker.manager_stats()
-    return {
-        tier.name.lower(): stats.get(f'kelp_kv_tier_hits_total{{tier="{tier.name.lower()}"}}', 0) for tier in TIERS
-    }
+    return {tier.name.lower(): stats.get(f'kelp_kv_tier_hits_total{{tier="{tier.name.lower()}"}}', 0) for tier in TIERS}
 
 
 def run(reporter: Reporter, store: Store, is_long: bool) -> None:
@@ -211,10 +213,11 @@ def run(reporter: Reporter, store: Store, is_long: bool) -> None:
     round_blocks = sum(LENGTHS) // BLOCK_SIZE
     num_block_bytes = block_bytes(model_folder())
     sizes = TierSizes(round_blocks + _SPARE_BLOCKS, (num_rounds + _SPARE_ROUNDS + 2) * round_blocks, num_block_bytes)
-    with tempfile.TemporaryDirectory(prefix="kelp-bench-", ignore_cleanup_errors=True) as folder:
-        with running(Path(folder), sizes, store, _THREADS) as served:
-            rounds = _Rounds(served, num_block_bytes, seed=time.time_ns())
-            _play(rounds, num_rounds, reporter.say)
+    with ExitStack() as stack:
+        folder = tempfile.TemporaryDirectory(prefix="kelp-bench-", ignore_cleanup_errors=True)
+        served = stack.enter_context(running(Path(stack.enter_context(folder)), sizes, store, _THREADS))
+        rounds = _Rounds(served, num_block_bytes, seed=time.time_ns())
+        _play(rounds, num_rounds, reporter.say)
     for measurement in measurements(rounds.samples):
         reporter.add(measurement)
 

@@ -1,4 +1,4 @@
-"""A worker without an engine: a pool of KV blocks with random content, stored and onboarded by the worker's own code."""
+"""A worker without an engine: a pool of random KV blocks, stored and onboarded by the worker's own code."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def _command(weed: Path, folder: Path, s3_port: int) -> list[str]:
         *(str(weed), "server", f"-dir={folder / 'data'}", f"-ip={_HOST}", f"-ip.bind={_HOST}", *settings),
         *("-s3", f"-s3.config={folder / 's3.json'}", "-s3.iam=false", "-s3.autoCreateBucket=false"),
         *("-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"),
-        *("-master.volumeSizeLimitMB=1024", "-volume.max=32", "-volume.minFreeSpace=1GiB"),
+        *("-master.volumeSizeLimitMB=1024", "-volume.max=200", "-volume.minFreeSpace=1GiB"),
         *(f"-filer.localSocket={folder / 'filer.sock'}", f"-s3.localSocket={folder / 's3.sock'}"),
     ]
 

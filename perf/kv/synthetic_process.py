@@ -27,6 +27,7 @@ from perf.suite import BenchError
 _SPARE_SLOTS = 32
 _G2_BLOCKS = 64
 _SETTLE_S = 120.0
+_POLL_S = 0.1
 _TIER_NAMES = {Tier.HOST: "g2", Tier.DISK: "g3", Tier.OBJECT: "g4"}
 
 
@@ -52,17 +53,22 @@ class _Measuring:
         self._result = result
         self._names = names_of(7, worker.layout)
 
-    async def prepare(self, tier: str) -> None:
+    async def prepare(self, tier: Tier) -> None:
         """Have all blocks in the lower tier."""
         await self._worker.join()
+        if tier is Tier.OBJECT:
+            await self._reaches('kelp_kv_object_store{state="closed"}', 1)
         await self._worker.store(self._names)
-        series = f'kelp_kv_tier_moved_bytes_total{{direction="write",tier="{tier}"}}'
-        wanted = len(self._names) * self._worker.layout.block_bytes
+        written_bytes = len(self._names) * self._worker.layout.block_bytes
+        series = f'kelp_kv_tier_moved_bytes_total{{direction="write",tier="{tier.name.lower()}"}}'
+        await self._reaches(series, written_bytes)
+
+    async def _reaches(self, series: str, value: float) -> None:
         deadline_s = time.monotonic() + _SETTLE_S
-        while (await self._worker.stats()).get(series, 0) < wanted:
+        while (await self._worker.stats()).get(series, 0) < value:
             if time.monotonic() > deadline_s:
-                raise BenchError(f"{tier}: not everything was written within {_SETTLE_S:.0f} s")
-            await asyncio.sleep(0.2)
+                raise BenchError(f"{series}: less than {value:g} after {_SETTLE_S:.0f} s")
+            await asyncio.sleep(_POLL_S)
 
     async def onboard(self, tier: Tier) -> None:
         """Every length from the lower tier, then from the host tier, in turn."""
@@ -114,7 +120,7 @@ async def _measure(spec: SyntheticSpec, work: Path, tier: Tier, result: Syntheti
         worker = PoolWorker(layout, client)
         try:
             measuring = _Measuring(spec, worker, result)
-            await measuring.prepare(tier.name.lower())
+            await measuring.prepare(tier)
             await measuring.onboard(tier)
             if tier is Tier.DISK:
                 await measuring.host_rates()

@@ -31,7 +31,10 @@ def _guarded(rates: TierRates, cases: tuple[str, ...], measure: Callable[[], Non
 def main() -> None:
     spec = TierSpec(**json.loads(sys.stdin.read()))
     rates = TierRates()
-    with tempfile.TemporaryDirectory(prefix="kelp-bench-", dir=spec.disk_folder or None) as folder, ExitStack() as stack:
+    with (
+        tempfile.TemporaryDirectory(prefix="kelp-bench-", dir=spec.disk_folder or None) as folder,
+        ExitStack() as stack,
+    ):
         work = Path(folder)
         memory = arena_folder("tiers", work)
 

@@ -150,7 +150,7 @@ def overlaps_seen(server: KelpServer, name: str, prompt: str) -> tuple[str, dict
     """A router, and how many leading blocks of a prompt it thought that each worker had."""
     generate(server, id=name, text_input=prompt, max_tokens=1)
     explanation = explain(server, name)
-    seen = {row["worker_id"]: row["overlap_blocks"][-1] for row in explanation["choices"][0]["candidates"]}
+    seen = {row["worker_id"]: row["overlap_blocks"][0] for row in explanation["choices"][0]["candidates"]}
     return explanation["router_id"], {worker_id: count for worker_id, count in seen.items() if count}
 
 

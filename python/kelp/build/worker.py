@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 
-from kelp.client.grpc.kv_manager import GrpcKvManagerClient
 from kelp.core.clock import SystemClock
 from kelp.core.config import KelpConfig
 from kelp.core.metrics import Metrics
@@ -64,6 +63,9 @@ def build_worker(identity: WorkerIdentity, config: KelpConfig, metrics: Metrics)
 def _tiers(
     identity: WorkerIdentity, config: KelpConfig, executor: TieredExecutor, agent: Agent, metrics: Metrics
 ) -> WorkerTiers:
+    # Here, because a worker without lower tiers need not pay for it: tritonclient takes a while to import.
+    from kelp.client.grpc.kv_manager import GrpcKvManagerClient
+
     parts = TierParts(
         key=(identity.worker_id, identity.epoch),
         name=identity.model_name,

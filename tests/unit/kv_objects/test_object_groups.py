@@ -34,6 +34,36 @@ def test_another_host_finds_by_name_what_it_has_never_written(host: ObjectRig, o
     assert other.count("num_asked") == 1
 
 
+def test_long_prompts_are_found_with_one_question_that_names_a_few_groups(host: ObjectRig, other: ObjectRig) -> None:
+    story = Story(21, 40 * GROUP_BLOCKS)
+    host.put_all(story)
+
+    assert other.find(story) == 40 * GROUP_BLOCKS
+    assert other.count("num_asked") == 1
+    assert other.get(story, 18 * GROUP_BLOCKS, 2 * GROUP_BLOCKS) == story.records[18 * GROUP_BLOCKS : 20 * GROUP_BLOCKS]
+
+
+def test_the_end_of_what_is_stored_is_found_by_asking_again(host: ObjectRig, other: ObjectRig) -> None:
+    story = Story(22, 40 * GROUP_BLOCKS)
+    for group in range(20):
+        host.put(story, group * GROUP_BLOCKS)
+
+    found = [other.find(story) // GROUP_BLOCKS for _ in range(3)]
+    assert 16 <= found[0] <= found[1] <= found[2] <= 20
+
+
+def test_a_group_that_is_missing_among_those_taken_to_be_there_is_not_served(
+    host: ObjectRig, other: ObjectRig, bucket: Bucket
+) -> None:
+    story = Story(23, 40 * GROUP_BLOCKS)
+    host.put_all(story)
+    bucket.delete(next(key for key in bucket.list_keys() if story.names[4 * GROUP_BLOCKS - 1].hex() in key))
+
+    assert other.find(story) == 40 * GROUP_BLOCKS
+    assert other.get(story, 3 * GROUP_BLOCKS, GROUP_BLOCKS) == [None] * GROUP_BLOCKS
+    assert other.find(story) == 3 * GROUP_BLOCKS
+
+
 def test_what_is_written_elsewhere_is_learned_by_a_listing(host: ObjectRig, other: ObjectRig) -> None:
     story = Story(3, 2 * GROUP_BLOCKS)
     host.put_all(story)

@@ -9,7 +9,7 @@ from hypothesis import given
 from kelp.core.types import SequenceHash
 from kelp.kv.tiers.objects.header import GroupSpace, StoredBlock, header_bytes, pack_header, unpack_header
 from kelp.kv.tiers.objects.names import KeySpace
-from kelp.kv.tiers.objects.runs import group_ends, group_runs
+from kelp.kv.tiers.objects.runs import group_ends, group_runs, spread
 from support.object_rig import BLOCK_BYTES, Story
 
 SPACE, TENANT, LAST = bytes(16), b"t" * 16, SequenceHash(b"h" * 16)
@@ -114,3 +114,12 @@ def test_a_group_whose_end_is_unknown_is_left_out() -> None:
     moves = [(name, slot) for slot, name in enumerate(story.names[:6])]
     runs = list(group_runs(moves, 0, 4, lambda name: None))
     assert [run.slots for run in runs] == [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("count", [1, 2, 15, 16, 17, 60, 480])
+def test_a_question_names_the_first_and_the_last_group_and_evenly_some_between(count: int) -> None:
+    indices = spread(count, 16)
+    assert len(indices) == min(count, 16)
+    assert (indices[0], indices[-1]) == (0, count - 1)
+    gaps = [after - before for before, after in zip(indices, indices[1:], strict=False)]
+    assert not gaps or (min(gaps) >= 1 and max(gaps) - min(gaps) <= 1)

@@ -100,8 +100,8 @@ def test_who_shows_no_token_or_another_one_is_turned_away() -> None:
 
 def test_without_a_token_everybody_is_let_in() -> None:
     async def use(ports: Ports) -> None:
-        assert await post(ports.http, "workers", token=None) == (200, {"workers": []})
-        assert await rpc(ports.grpc, "workers", token=None) == {"workers": []}
+        assert await post(ports.http, "workers", token=None) == (200, {"workers": [], "managers": []})
+        assert await rpc(ports.grpc, "workers", token=None) == {"workers": [], "managers": []}
 
     serve(use, token=None)
 

@@ -112,10 +112,15 @@ class ManagerHost:
         for operation in operations:
             if (error := self.errors.get(type(operation))) is not None:
                 raise error
+        # Not `wait_for`: up to Python 3.11 it swallows a cancellation that comes with the answer.
+        answering = asyncio.ensure_future(self._answer(operations))
         try:
-            return await asyncio.wait_for(self._answer(operations), timeout_s)
-        except asyncio.TimeoutError:
-            raise DeadlineExceeded(f"no answer within {timeout_s} s") from None
+            done, _ = await asyncio.wait({answering}, timeout=timeout_s)
+        finally:
+            answering.cancel()
+        if not done:
+            raise DeadlineExceeded(f"no answer within {timeout_s} s")
+        return answering.result()
 
     async def _answer(self, operations: Sequence[Operation]) -> list[Result]:
         for operation in operations:

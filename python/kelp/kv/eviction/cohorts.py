@@ -84,8 +84,9 @@ class Cohorts:
         self._epoch += 1
         self._rates.learn()
         for cohort in self._cohorts.values():
+            worth = self._worth(cohort)
             for group in cohort.groups.values():
-                group.value = group.cost * self._worth(cohort)
+                group.value = group.cost * worth
         return forgotten
 
     def groups(self) -> Iterator[LeafGroup]:

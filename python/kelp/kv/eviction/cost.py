@@ -3,8 +3,8 @@
 Value of a block = worth of its class at its age (`hazards`) x cost of computing it, which grows with its position. Its
 class is how often it was used, remembered for a while after it has left. Only leaves go (`leaves`).
 
-While few blocks are wanted in vain, the tier is large for what it is used for: then least is to be won and there is
-little to learn from, and the order is that of `lru`, exactly. So is it until something has been missed.
+The learned values decide only where much is to be won by them (`prospect`). Else, and until something has been missed,
+the order is that of `lru`, exactly: in a tier that is large for what it is used for there is little to learn from.
 
 Time is counted in blocks that come; a hit counts for a fifth, so that a tier that is hit all the time ages too.
 Amortised O(log n) per call, memory bounded by `_GHOSTS_PER_SLOT`, no randomness.
@@ -17,6 +17,7 @@ from kelp.kv.eviction.base import BlockFacts, HeldCheck
 from kelp.kv.eviction.cohorts import Cohorts, cost_step
 from kelp.kv.eviction.leaves import LeafQueue
 from kelp.kv.eviction.lru import LruPolicy
+from kelp.kv.eviction.prospect import Prospect
 from kelp.kv.eviction.tracked import Tracked
 
 _EPOCHS_PER_TURNOVER = 32
@@ -27,10 +28,6 @@ _TICKS_PER_INSERT, _TICKS_PER_HIT = 5, 1
 _MAX_AGE = 6 * _EPOCHS_PER_TURNOVER
 _GHOSTS_PER_SLOT = 3
 """Names remembered of blocks that have left: without them nothing would be known of ages that few blocks reach."""
-_MISSED_SHARE = 0.25
-"""Of the blocks wanted again, those that had left, from which on learned values beat the order of `lru`."""
-_DECAY = 0.97
-"""Per epoch, of what the share is taken from; as in `hazards`."""
 
 
 class CostPolicy:
@@ -48,8 +45,7 @@ class CostPolicy:
         self._cohorts = Cohorts(_MAX_AGE, _GHOSTS_PER_SLOT * num_slots, prior=epoch_blocks)
         self._leaves = LeafQueue()
         self._tracked: dict[SequenceHash, Tracked] = {}
-        self._num_found = self._num_missed = 0.0
-        self._is_learned = False
+        self._prospect = Prospect()
 
     def __len__(self) -> int:
         """See `EvictionPolicy`."""
@@ -62,7 +58,7 @@ class CostPolicy:
         if tracked is None:
             tracked = self._tracked[block] = Tracked(block, cost_step(facts.recompute_s))
         else:
-            self._num_missed += 1
+            self._prospect.note_missed()
             self._cohorts.leave(tracked)
             tracked.is_resident = True
         parent = None if facts.parent is None else self._tracked.get(facts.parent)
@@ -76,7 +72,7 @@ class CostPolicy:
     def hit(self, block: SequenceHash) -> None:
         """See `EvictionPolicy`."""
         self._lru.hit(block)
-        self._num_found += 1
+        self._prospect.note_found()
         tracked = self._tracked[block]
         if tracked.is_leaf:
             self._leaves.discard(block, self._cohorts.group(tracked))
@@ -98,8 +94,16 @@ class CostPolicy:
 
     def victim(self, is_held: HeldCheck) -> SequenceHash | None:
         """See `EvictionPolicy`."""
-        block = self._leaves.lowest(is_held) if self._is_learned else None
-        return block if block is not None else self._lru.victim(is_held)
+        dispensable = self._leaves.lowest(is_held)
+        if self._prospect.is_followed and dispensable is not None:
+            return dispensable
+        oldest = self._lru.victim(is_held)
+        if oldest is not None and dispensable is not None:
+            self._prospect.note_victim(self._value(oldest), self._value(dispensable))
+        return oldest
+
+    def _value(self, block: SequenceHash) -> float:
+        return self._cohorts.group(self._tracked[block]).value
 
     def _enter(self, tracked: Tracked, num_ticks: int) -> None:
         self._cohorts.enter(tracked)
@@ -114,6 +118,4 @@ class CostPolicy:
         for block in self._cohorts.end_epoch():
             del self._tracked[block]
         self._leaves.reorder(self._cohorts.groups())
-        self._is_learned = self._num_missed > _MISSED_SHARE * (self._num_missed + self._num_found)
-        self._num_found *= _DECAY
-        self._num_missed *= _DECAY
+        self._prospect.end_epoch()

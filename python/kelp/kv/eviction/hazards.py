@@ -102,11 +102,11 @@ def _best_densities(rates: Sequence[float], widths: Sequence[int]) -> list[float
     times = [(1 - stay) / rate for stay, rate in zip(stays, rates, strict=True)]
     best = []
     for first in range(len(rates)):
-        alive, chance, kept, density = 1.0, 0.0, 0.0, 0.0
+        alive, kept, density = 1.0, 0.0, 0.0
         for stay, time in zip(stays[first:], times[first:], strict=True):
-            chance += alive * (1 - stay)
             kept += alive * time
             alive *= stay
-            density = max(density, chance / kept)
+            if 1 - alive > density * kept:
+                density = (1 - alive) / kept
         best.append(density)
     return best

@@ -46,7 +46,7 @@ class ManagerStats:
             self.reached(families.KV_TIER_EVENTS, count, tier="object", kind=kind)
         self.reached(families.KV_TIER_CORRUPT, events.get("damaged", 0), tier="object")
         for state in STORE_STATES:
-            self.set(families.KV_STORE_STATE, objects.state == state, state=state)
+            self.set(families.KV_STORE_STATE, float(objects.state == state), state=state)
         self.set(families.KV_STORE_BYTES, objects.stored_bytes)
 
     def moved(self, tier: Tier, direction: str, num_bytes: int, seconds: float) -> None:

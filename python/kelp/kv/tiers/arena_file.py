@@ -31,6 +31,7 @@ _HEADER = struct.Struct("<16s16sQQQQ")
 _CRC = struct.Struct("<I")
 _MAGIC = b"kelp-kv-arena-1\0"
 _MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23
+_HUGE_PAGES_OF_TMPFS = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 
 
 def round_up(num_bytes: int, unit: int) -> int:
@@ -123,9 +124,10 @@ class ArenaFile:
         assert self.shape is not None
         mapping = mmap.mmap(self.fd, self.shape.file_bytes)
         try:
-            if use_huge_pages:
+            if use_huge_pages and _gives_huge_pages_on_advice():
+                # Allocating by itself knows no advice. Populating small pages would take many times as long as that.
                 _advise(mapping, _MADV_HUGEPAGE)
-            _advise(mapping, _MADV_POPULATE_WRITE)
+                _advise(mapping, _MADV_POPULATE_WRITE)
             os.posix_fallocate(self.fd, 0, self.shape.file_bytes)
         except BaseException:
             mapping.close()
@@ -136,6 +138,13 @@ class ArenaFile:
         """From now on the file is an arena, also for the next process."""
         assert self.shape is not None
         os.pwrite(self.fd, self.shape.header(), 0)
+
+
+def _gives_huge_pages_on_advice() -> bool:
+    try:
+        return "[advise]" in _HUGE_PAGES_OF_TMPFS.read_text()
+    except OSError:
+        return False
 
 
 def _advise(mapping: mmap.mmap, advice: int) -> None:

@@ -17,7 +17,6 @@ from typing import Protocol
 from kelp.core.types import SequenceHash
 from kelp.transport.base import Region
 
-
 STORE_STATES = ("closed", "open", "half-open", "starting")
 """All is well; left alone; to be tried; without its process."""
 

@@ -135,10 +135,12 @@ class Membership:
         self.link = self._former = None
 
     async def _wait_lost(self, timeout_s: float) -> None:
+        # Not `wait_for`: up to Python 3.11 it swallows a cancellation that comes as its time runs out.
+        waiting = asyncio.ensure_future(self._has_lost.wait())
         try:
-            await asyncio.wait_for(self._has_lost.wait(), timeout_s)
-        except asyncio.TimeoutError:
-            return
+            await asyncio.wait({waiting}, timeout=timeout_s)
+        finally:
+            waiting.cancel()
 
     async def _renew(self, link: Link) -> bool:
         asked = self.leases.of(link)

@@ -49,3 +49,10 @@ def group_runs(
             names, slots = zip(*moves[start:stop], strict=True)
             yield GroupRun(start, first, last, list(names), list(slots))
         start = stop
+
+
+def spread(count: int, most: int) -> list[int]:
+    """Up to `most` (at least 2) of `count` indices, evenly spread, the first and the last of them included."""
+    if count <= most:
+        return list(range(count))
+    return [step * (count - 1) // (most - 1) for step in range(most)]

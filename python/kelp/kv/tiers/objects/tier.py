@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
 
 from kelp.core.clock import Clock, SystemClock
 from kelp.core.config_kv import ObjectTierConfig
@@ -37,7 +38,7 @@ from kelp.kv.tiers.objects.messages import (
 )
 from kelp.kv.tiers.objects.names import KeySpace
 from kelp.kv.tiers.objects.process import StoreProcess
-from kelp.kv.tiers.objects.runs import GroupRun, group_ends, group_runs
+from kelp.kv.tiers.objects.runs import GroupRun, group_ends, group_runs, spread
 from kelp.kv.tiers.objects.upkeep import Upkeep
 from kelp.kv.tiers.sealing import Sealer
 
@@ -172,14 +173,17 @@ class S3ObjectTier:
         )
 
     def find(self, hashes: Sequence[SequenceHash], first_position: int, tenant: bytes) -> int:
-        """See `base.ObjectTier`. The question names a few groups: the store is asked for all if it has the first."""
+        """See `base.ObjectTier`. The store is asked for a few groups, spread over all of them, if it has the first.
+
+        Groups are written in order, so those between two that are there are taken to be there: `get` finds out.
+        """
         num_found, has_asked = 0, False
         ends = group_ends(len(hashes), first_position, self.group_blocks)
         for index, end in enumerate(ends):
             last = hashes[end]
             if last not in self._known and not has_asked and self._may_ask(last):
                 has_asked = True
-                self._ask([hashes[further] for further in ends[index : index + _MAX_ASKED]], tenant)
+                self._ask([hashes[further] for further in ends[index:]], tenant)
             if not self._has(last):
                 break
             members = hashes[max(0, end + 1 - self.group_blocks) : end + 1]
@@ -195,16 +199,18 @@ class S3ObjectTier:
 
     def _ask(self, ends: Sequence[SequenceHash], tenant: bytes) -> None:
         wanted = [last for last in ends if last not in self._damaged]
+        asked = spread(len(wanted), _MAX_ASKED)
         self._gate.counters.num_asked += 1
         try:
-            answer = self._gate.ask(Ask(tuple(self._keys.key(tenant, last) for last in wanted)), share=_ASK_SHARE)
+            keys = tuple(self._keys.key(tenant, wanted[index]) for index in asked)
+            answer = self._gate.ask(Ask(keys), share=_ASK_SHARE)
         except RetryableTransferError:
             return
         assert isinstance(answer, Asked)
-        for last, is_there in zip(wanted, answer.found, strict=True):
-            if is_there:
-                self._known.add(tenant, last)
-        if not answer.found[0]:
+        there = [index for index, _ in takewhile(lambda pair: pair[1], zip(asked, answer.found, strict=True))]
+        for last in wanted[: there[-1] + 1 if there else 0]:
+            self._known.add(tenant, last)
+        if not there:
             self._known.note_absent(wanted[0])
 
     def get(
