@@ -121,7 +121,7 @@ def judge(measurement: Measurement, needs_reference: bool) -> Verdict:
         return Verdict(False, False, f"the bar of {bar} has no ratio to be compared with")
     judged = ratio.high if comparison is not None and comparison.is_bar_for_best else ratio.value
     if judged < bar:
-        return Verdict(True, False, f"ratio {judged:.2f} is below the bar of {bar:.3g}")
+        return Verdict(True, False, f"ratio {judged:.2f} is below the bar of {bar}")
     return Verdict(True, True, "")
 
 
