@@ -6,6 +6,7 @@ import asyncio
 import gc
 import json
 import logging
+import os
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -45,6 +46,7 @@ class KelpModel:
         self.metrics = Metrics()
         self._loop = LoopThread(f"kelp-{self.model_name}")
         try:
+            self._server = self._loop.wait(_leave_with_server(), _START_TIMEOUT_S)
             self._loop.wait(self.start(), _START_TIMEOUT_S)
         except BaseException:
             self._loop.close()
@@ -66,6 +68,7 @@ class KelpModel:
         except TimeoutError:
             _log.error("did not stop within %.0f s", _STOP_TIMEOUT_S)
         self._loop.close()
+        os.close(self._server)
         self._exporter.close()
 
     async def start(self) -> None:
@@ -88,3 +91,14 @@ class KelpModel:
             exchange.fail(as_kelp_error(error))
         finally:
             exchange.finish()
+
+
+async def _leave_with_server() -> int:
+    """End this process at the moment in which its tritonserver dies; returns the descriptor that tells of it.
+
+    The stub notices by itself only later, and leaves through the C library's exit: that takes torch's tables apart
+    under steps that still run, whose failures, or worse, would reach routers over the sockets of our own.
+    """
+    server = os.pidfd_open(os.getppid())
+    asyncio.get_running_loop().add_reader(server, os._exit, 1)
+    return server

@@ -97,7 +97,9 @@ def test_workers_come_and_go_under_load_and_nobody_notices(served: KelpServer, l
     staying = {"decode", *(f"decode_{number}" for number in range(1, 7))}
     assert set(served.records()) == staying
     assert hit_share(turns, staying) >= LEAST_HIT_SHARE
-    assert {turn.worker for turn in turns} > staying
+    serving = {turn.worker for turn in turns}
+    assert serving - staying, "a worker that joined serves, too"
+    assert len(serving & staying) > len(staying) / 2
     assert {turn.worker for turn in turns[-NUM_CLIENTS * NUM_TURNS // 2 :]} <= staying
     served.wait_quiet()
 

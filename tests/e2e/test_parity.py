@@ -77,4 +77,4 @@ def test_isolated_workers_live_in_different_servers(isolated_server: KelpServer)
     endpoints = {name: record.endpoint for name, record in isolated_server.records().items()}
     assert set(endpoints) == {"prefill", "decode"}
     assert len({*endpoints.values(), isolated_server.grpc_endpoint}) == 3
-    assert len(isolated_server.tritonservers()) == 3
+    assert len(isolated_server.tritonservers()) == 4, "one each for prefill, decode, the router and the block manager"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import struct
 import subprocess
@@ -123,6 +124,9 @@ async def check_answers(worker: WorkerProcess) -> None:
         assert sum([len(output.token_ids) async for output in request]) == 100
 
 
+_POOL_THREADS = min(32, (os.cpu_count() or 1) + 4)
+
+
 @pytest.fixture(scope="module")
 def own_worker() -> Iterator[WorkerProcess]:
     require_server()
@@ -141,7 +145,8 @@ def worker(own_worker: WorkerProcess) -> Iterator[WorkerProcess]:
     asyncio.run(wait_nothing_held(own_worker))
     wait_until(lambda: own_worker.num_connections == 0, "the end of all connections")
     asyncio.run(check_answers(own_worker))
-    assert own_worker.num_threads <= num_threads
+    # The loop's pool grows to its bound, whoever asks first.
+    assert own_worker.num_threads <= num_threads + _POOL_THREADS
 
 
 class Intruder:
@@ -211,6 +216,7 @@ def test_a_frame_beyond_the_limit_is_refused_before_it_is_taken(worker: WorkerPr
     resident = psutil.Process(worker.process.pid).memory_info().rss
     intruder = Intruder(worker)
     intruder.say_hello()
+    next(intruder.frames())
     intruder.socket.sendall(struct.pack("<I", 2**32 - 1))
     assert f"the limit is {MAX_ROUTER_FRAME_BYTES}" in last_words(intruder)
     assert psutil.Process(worker.process.pid).memory_info().rss < resident + MAX_ROUTER_FRAME_BYTES
