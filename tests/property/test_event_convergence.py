@@ -64,11 +64,18 @@ class Router:
                 self.names.clear()
             elif isinstance(action, Apply):
                 for event in action.events:
-                    translated = self.names.translate([event]) if isinstance(event, ForeignEvent) else [event]
+                    translated = self.translate(event) if isinstance(event, ForeignEvent) else [event]
                     for own in translated:
                         self.index.apply(0, own)
             else:
                 self.asked = action
+
+    def translate(self, event: ForeignEvent) -> list[KVEvent]:
+        num_orphans = self.names.num_dropped["parent"]
+        events = self.names.translate([event])
+        if self.names.num_dropped["parent"] != num_orphans:
+            self.subscription.on_orphan()
+        return events
 
     def held(self) -> Held:
         return frozenset((tier, block) for tier in Tier for block in self.index.holdings(0, tier))

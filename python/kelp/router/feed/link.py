@@ -142,12 +142,19 @@ class WorkerLink:
         else:
             self._todo.append(event)
 
+    def _translate(self, event: ForeignEvent) -> list[KVEvent]:
+        num_orphans = self._names.num_dropped["parent"]
+        events = self._names.translate([event])
+        if self._names.num_dropped["parent"] != num_orphans:
+            self._subscription.on_orphan()
+        return events
+
     def _apply(self, todo: Forget | KVEvent | ForeignEvent, index: EventTarget) -> None:
         if isinstance(todo, Forget):
             self._names.clear()
             index.clear(self.slot)
             return
-        events = [todo] if isinstance(todo, KVEvent) else self._names.translate([todo])
+        events = [todo] if isinstance(todo, KVEvent) else self._translate(todo)
         for event in events:
             index.apply(self.slot, event)
             if isinstance(event, BlocksCleared):

@@ -34,6 +34,8 @@ class Patience:
         self.digest_interval_s: float | None = None
         self.num_failures = 0
         self.num_mistrusts = 0
+        self._num_starts_over = 0
+        self._start_over_s = float("-inf")
 
     def hear(self, now_s: float, *, is_in_step: bool) -> None:
         """The publisher has spoken; `is_in_step`: and nothing is known to be missing."""
@@ -51,6 +53,15 @@ class Patience:
         if self.digest_interval_s is None:
             return now_s >= self._heard_s + self._config.audit_interval_s
         return now_s >= self._heard_s + self.digest_interval_s * _SILENT_INTERVALS
+
+    def may_start_over(self, now_s: float) -> bool:
+        """Whether a publisher without snapshots may be asked for all that it still has, ever less often: True counts."""
+        if now_s < self._start_over_s:
+            return False
+        exponent = min(self._num_starts_over, _MAX_DOUBLINGS)
+        self._start_over_s = now_s + self._config.audit_interval_s * 2.0**exponent
+        self._num_starts_over += 1
+        return True
 
     def is_over(self, now_s: float) -> bool:
         """Whether requests have failed for so long that the publisher counts as lost."""

@@ -60,7 +60,7 @@ class Subscription:
         self._order = BatchOrder(config.max_buffered_batches)
         self._snapshot = SnapshotAssembly()
         self._digest = StreamDigest()
-        self._is_complete = self._has_short_memory = self._is_doubtful = self._is_lost = False
+        self._is_complete = self._is_doubtful = self._is_lost = False
         self._attempt = 0
         self._has_progressed = False
         self._alarm_s = float("inf")
@@ -119,7 +119,6 @@ class Subscription:
         self._order.put(batch)
         assert self._order.next_seq is not None
         if batch.seq > self._order.next_seq and not self._has_progressed:
-            self._has_short_memory = True
             return self._ask_for_all(now_s) if self._gives_snapshots else self._jump(batch.seq, now_s)
         return self._advance(now_s)
 
@@ -149,7 +148,6 @@ class Subscription:
             return []
         if self._has_progressed:
             return self._ask(now_s)
-        self._has_short_memory = True
         return self._ask_for_all(now_s) if self._gives_snapshots else self._skip(now_s)
 
     def on_failed(self, attempt: int, now_s: float) -> list[Action]:
@@ -174,8 +172,13 @@ class Subscription:
             return self._ask(now_s) if self._phase is Phase.WAIT else self.on_failed(self._attempt, now_s)
         if not self._can_ask or not self._patience.is_silence(now_s):
             return []
-        is_settled = self._is_complete or self._has_short_memory
-        return self._ask(now_s) if is_settled else [Forget(), *self._follow_from_start(now_s)]
+        if self._is_complete or not self._patience.may_start_over(now_s):
+            return self._ask(now_s)
+        return [Forget(), *self._follow_from_start(now_s)]
+
+    def on_orphan(self) -> None:
+        """A block's parent is not known: something was missed, or another engine goes on with the same numbers."""
+        self._is_complete = False
 
     @property
     def _gives_snapshots(self) -> bool:
@@ -282,7 +285,6 @@ class Subscription:
 
     def _follow_from_start(self, now_s: float) -> list[Action]:
         """A foreign engine's first batches, if it still has them, are the whole truth."""
-        self._has_short_memory = False
         if not self._can_ask:
             return []
         self._order.go_on_at(0)
