@@ -1,7 +1,7 @@
 """kelp with mock workers that take no time: `kelp serve` as a user starts it, on free ports.
 
 A mock says its first token in a step of its own and the other 63 in the next: 62 more steps of an engine that is not
-there are no part of the request's way.
+there are no part of the request's way. There is no block manager, because the peer runs without one, too.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ _SETTINGS = (
     "mock.tokens_per_step=64",
     "executor.num_blocks=16384",
     "executor.max_running=256",
+    "kv_manager.enabled=false",
 )
 _START_TIMEOUT_S = 120.0
 _STOP_TIMEOUT_S = 45.0

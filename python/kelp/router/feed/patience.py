@@ -55,7 +55,7 @@ class Patience:
         return now_s >= self._heard_s + self.digest_interval_s * _SILENT_INTERVALS
 
     def may_start_over(self, now_s: float) -> bool:
-        """Whether a publisher without snapshots may be asked for all that it still has, ever less often: True counts."""
+        """Whether to ask a publisher without snapshots for all that it still has; ever less often, each True counts."""
         if now_s < self._start_over_s:
             return False
         exponent = min(self._num_starts_over, _MAX_DOUBLINGS)

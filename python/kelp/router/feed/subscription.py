@@ -60,9 +60,8 @@ class Subscription:
         self._order = BatchOrder(config.max_buffered_batches)
         self._snapshot = SnapshotAssembly()
         self._digest = StreamDigest()
-        self._is_complete = self._is_doubtful = self._is_lost = False
+        self._is_complete = self._is_doubtful = self._is_lost = self._has_progressed = False
         self._attempt = 0
-        self._has_progressed = False
         self._alarm_s = float("inf")
 
     @property
@@ -156,8 +155,7 @@ class Subscription:
             return []
         self.counts.num_failures += 1
         self._patience.num_failures += 1
-        has_failed = self._patience.num_failures >= _MAX_REPLAY_FAILURES
-        if has_failed and not self._gives_snapshots and self._order.is_behind:
+        if self._patience.num_failures >= _MAX_REPLAY_FAILURES and not self._gives_snapshots and self._order.is_behind:
             return self._skip(now_s)
         self._wait(now_s)
         return self._advance(now_s)
@@ -167,9 +165,9 @@ class Subscription:
         if self._phase is not Phase.FOLLOW:
             if not self._is_lost and self._patience.is_over(now_s):
                 return self._lose(now_s)
-            if now_s < self._alarm_s:
-                return []
-            return self._ask(now_s) if self._phase is Phase.WAIT else self.on_failed(self._attempt, now_s)
+            if now_s >= self._alarm_s:
+                return self._ask(now_s) if self._phase is Phase.WAIT else self.on_failed(self._attempt, now_s)
+            return []
         if not self._can_ask or not self._patience.is_silence(now_s):
             return []
         if self._is_complete or not self._patience.may_start_over(now_s):
@@ -177,7 +175,7 @@ class Subscription:
         return [Forget(), *self._follow_from_start(now_s)]
 
     def on_orphan(self) -> None:
-        """A block's parent is not known: something was missed, or another engine goes on with the same numbers."""
+        """A block's parent is not known: something was missed, or another engine speaks."""
         self._is_complete = False
 
     @property
