@@ -182,8 +182,8 @@ def _subclasses(cls: type[KelpError]) -> list[type[KelpError]]:
 
 
 def error_types() -> dict[str, type[KelpError]]:
-    """All error types by their code; of several with one code, the most derived."""
-    return {error_type.code: error_type for error_type in _subclasses(KelpError)}
+    """All error types by their code; of several with one code, the one that names it."""
+    return {error_type.code: error_type for error_type in _subclasses(KelpError) if "code" in vars(error_type)}
 
 
 def from_message(message: str) -> KelpError:
