@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kelp.client.base import WorkerOutput
-from kelp.core.errors import CapacityError, InternalError, KelpError, WorkerLost
+from kelp.core.errors import CapacityError, KelpError, WorkerLost
 from kelp.core.metrics import RETRIES, Metrics
 from kelp.core.types import FinishReason, WorkerKey
 from kelp.router.attempt import Attempt, AttemptParts
@@ -90,7 +90,7 @@ class SequenceRun:
                 return finished.finish_reason or FinishReason.ERROR
             except KelpError as error:
                 self._note_failure(attempt, error)
-                if num_attempt == _MAX_ATTEMPTS or not _may_succeed_elsewhere(attempt, error):
+                if num_attempt == _MAX_ATTEMPTS or not error.is_retryable:
                     raise
                 ended = self._job.finish_reason(self._parts.eos_token_ids)
                 if ended is not None:
@@ -107,14 +107,9 @@ class SequenceRun:
         return await self._parts.placer.place(request, frozenset(self._failed), allow_prefill)
 
     def _note_failure(self, attempt: Attempt, error: KelpError) -> None:
-        if _may_succeed_elsewhere(attempt, error):
+        if error.is_retryable:
             self._parts.metrics.add(RETRIES, reason=error.code.lower())
-        if attempt.failed_worker is not None and isinstance(error, (WorkerLost, CapacityError, InternalError)):
+        if attempt.failed_worker is not None and isinstance(error, (WorkerLost, CapacityError)):
             self._failed.add(key_of(attempt.failed_worker))
         if attempt.is_handoff_failure:
             self._num_handoff_failures += 1
-
-
-def _may_succeed_elsewhere(attempt: Attempt, error: KelpError) -> bool:
-    """What goes wrong inside a worker is that worker's: an engine that fails a step says nothing about the others."""
-    return error.is_retryable or (isinstance(error, InternalError) and attempt.failed_worker is not None)

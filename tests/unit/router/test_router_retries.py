@@ -10,7 +10,6 @@ from kelp.core.errors import (
     CapacityError,
     DeadlineExceeded,
     FatalTransferError,
-    InternalError,
     InvalidRequest,
     KelpError,
     PromptTooLong,
@@ -34,23 +33,6 @@ def test_a_failed_prefill_is_retried_on_another_worker() -> None:
             await request
             assert exchange.text == "ab"
             assert rig.counters()["kelp_retries_total", (("reason", "worker_lost"),)] == 1
-
-    run(scene)
-
-
-def test_an_engine_that_fails_a_step_is_left_for_another_worker_without_gap_or_repetition() -> None:
-    async def scene() -> None:
-        async with open_router(record("d1"), record("d2")) as rig:
-            exchange, request = rig.ask(**STREAM)
-            first = await rig.workers.stream(0)
-            first.say(*tokens("a"))
-            await sent(exchange, 1)
-            first.fail(InternalError("engine step failed"))
-            second = await rig.workers.stream(1)
-            assert second.address != first.address
-            second.finish(FinishReason.LENGTH, *tokens("b"))
-            await request
-            assert exchange.text == "ab"
 
     run(scene)
 
