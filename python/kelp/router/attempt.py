@@ -127,7 +127,12 @@ class WorkerLeg:
 
 
 class Attempt:
-    """Runs a job once; `on_output` gets every output that brings tokens, in order, each token once."""
+    """Runs a job once; `on_output` gets every output that brings tokens, in order, each token once.
+
+    Attributes:
+        failed_worker: Whose error ended the attempt.
+        has_decoded: The decode worker has sent a token: the prompt's KV is there, wherever it was computed.
+    """
 
     def __init__(
         self, parts: AttemptParts, job: Job, placement: Placement, on_output: Callable[[WorkerOutput], None]
@@ -139,13 +144,13 @@ class Attempt:
         self._prompt = job.tokens()
         self._num_generated = len(job.generated)
         self._legs: list[WorkerLeg] = []
-        self._has_decoded = False
+        self.has_decoded = False
         self.failed_worker: WorkerRecord | None = None
 
     @property
     def is_handoff_failure(self) -> bool:
         """Whether remote prefill or the way of its KV, not the decoding, went wrong."""
-        return self._placement.prefill is not None and not self._has_decoded
+        return self._placement.prefill is not None and not self.has_decoded
 
     async def run(self) -> Finished:
         """Run to the end of the sequence.
@@ -212,7 +217,7 @@ class Attempt:
 
     def _note(self, output: WorkerOutput, record: WorkerRecord) -> None:
         if record is self._placement.decode:
-            self._has_decoded = self._has_decoded or bool(output.token_ids)
+            self.has_decoded = self.has_decoded or bool(output.token_ids)
         if output.event is None:
             return
         if record is self._placement.prefill:

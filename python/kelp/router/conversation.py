@@ -101,4 +101,6 @@ class Conversation:
 
     def _pass_on(self, index: int, output: WorkerOutput) -> None:
         self._lane.put(NewTokens(output.token_ids, output.log_probs, index))
-        self._has_prompt.set()
+        # A first token of remote prefill is too early: siblings would compute what is still on its way.
+        if self._runs[index].has_decoded:
+            self._has_prompt.set()

@@ -51,7 +51,13 @@ class SequenceRun:
         self._num_handoff_failures = 0
         self._task: asyncio.Task[object] | None = None
         self._is_stopped = False
+        self._attempt: Attempt | None = None
         self.placement: Placement | None = None
+
+    @property
+    def has_decoded(self) -> bool:
+        """Whether the decode worker of `placement` holds the prompt's KV: it has sent a token."""
+        return self._attempt is not None and self._attempt.has_decoded
 
     def stop(self) -> None:
         """The sequence shall end here; belongs to the event loop."""
@@ -84,6 +90,7 @@ class SequenceRun:
             placement = await self._place(beside if num_attempt == 1 else None)
             self.placement, self._job.worker_ids = placement, placement.worker_ids
             attempt = Attempt(self._parts.attempts, self._job, placement, self._on_output)
+            self._attempt = attempt
             try:
                 finished = await attempt.run()
                 placement.end(is_completed=True)

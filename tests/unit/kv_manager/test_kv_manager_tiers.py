@@ -117,6 +117,8 @@ def test_damage_on_disk_ends_the_run_and_is_counted():
             await worker.store(HASHES)
             await settled(manager)
             await worker.store(prompt_hashes(6, first_token=500))
+            # A slot that is being written to disk makes room for nobody.
+            await settled(manager)
             assert host.disk is not None
             host.disk.damage(HASHES[3])
             _, leased = await worker.onboard(HASHES)
@@ -136,6 +138,8 @@ def test_two_prompts_that_want_the_same_block_share_one_promotion():
             await worker.store(HASHES)
             await settled(manager)
             await worker.store(prompt_hashes(6, first_token=500))
+            # A slot that is being written to disk makes room for nobody.
+            await settled(manager)
             operations = [worker.onboard_operation(HASHES) for _ in range(2)]
             first, second = await manager.answer(operations)
             assert isinstance(first, Leased) and isinstance(second, Leased)
@@ -159,6 +163,8 @@ def test_what_does_not_come_in_time_is_given_up():
             await worker.store(HASHES)
             await settled(manager)
             await worker.store(prompt_hashes(6, first_token=500))
+            # A slot that is being written to disk makes room for nobody.
+            await settled(manager)
             space = space_of(manager)
             assert space.disk is not None
             stuck = space.disk.thread.start(gate.wait)
@@ -186,6 +192,8 @@ def test_the_lease_that_ends_while_blocks_come_leaves_no_reference():
             await worker.store(HASHES)
             await settled(manager)
             await worker.store(prompt_hashes(6, first_token=500))
+            # A slot that is being written to disk makes room for nobody.
+            await settled(manager)
             space = space_of(manager)
             assert space.disk is not None
             stuck = space.disk.thread.start(gate.wait)
@@ -213,6 +221,8 @@ def test_slots_that_a_failed_read_may_still_touch_are_kept_out_of_use():
             await worker.store(HASHES)
             await settled(manager)
             await worker.store(prompt_hashes(6, first_token=500))
+            # A slot that is being written to disk makes room for nobody.
+            await settled(manager)
             assert host.disk is not None and host.disk_memory is not None
             host.disk_memory.slots.clear()
             host.disk.stuck = set(range(6))
