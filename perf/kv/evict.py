@@ -62,10 +62,9 @@ class Case:
 
 
 CASES = tuple(Case(workload, kind, size) for workload in _NAMES for kind in _UPPERS for size in DEFAULT_SIZES)
+CASE_NAMES = (*(case.name for case in CASES), TOTAL)
 REQUIRED = tuple(
-    RequiredRow(name, _METRIC.format(rival), _UNIT, needs_reference=True)
-    for name in (*(case.name for case in CASES), TOTAL)
-    for rival in RIVALS
+    RequiredRow(name, _METRIC.format(rival), _UNIT, needs_reference=True) for name in CASE_NAMES for rival in RIVALS
 )
 
 

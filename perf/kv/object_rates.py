@@ -14,6 +14,7 @@ from kelp.kv.tiers.objects.messages import ArenaMap
 from kelp.kv.tiers.objects.tier import S3ObjectTier
 from kelp.kv.tiers.records import space_digest
 from perf.kv.blocks import TENANT, FilledArena, gb_per_s
+from perf.kv.served_tiers import STORE_TIMEOUT_S
 from perf.kv.store import REGION, Store
 from perf.kv.tier_messages import TierRates, TierSpec
 from perf.suite import BenchError
@@ -22,7 +23,6 @@ TIER = "tier"
 NUM_THREADS = (8, 16)
 
 _READY_S = 60.0
-_TIMEOUT_S = 30.0
 
 
 def limit_name(num_threads: int) -> str:
@@ -51,7 +51,7 @@ class ObjectContest:
                 endpoint=spec.endpoint,
                 region=REGION,
                 object_bytes=spec.group_blocks * spec.block_bytes,
-                timeout_s=_TIMEOUT_S,
+                timeout_s=STORE_TIMEOUT_S,
             ),
             space_digest(self._filled.space, spec.block_bytes),
             ArenaMap(

@@ -34,7 +34,7 @@ OUTPUT_TOKENS = 192
 
 _MAX_P50, _MAX_P99 = 1.05, 1.10
 """Times as slow as without; the second binds only what the interval does not exclude."""
-_METRICS = ("itl_p50", "itl_p99")
+METRICS = ("itl_p50", "itl_p99")
 _STORED_SHARE = "stored_share"
 _NUM_ROUNDS = 12
 _NUM_ROUNDS_LONG = 30
@@ -44,7 +44,7 @@ _ARENA_BLOCKS, _DISK_BLOCKS = 2048, 4096
 _WRITTEN = 'kelp_kv_tier_moved_bytes_total{direction="write",tier="host"}'
 
 REQUIRED = (
-    *(RequiredRow(CASE, f"{metric}/off", "ms", needs_reference=True) for metric in _METRICS),
+    *(RequiredRow(CASE, f"{metric}/off", "ms", needs_reference=True) for metric in METRICS),
     RequiredRow(CASE, _STORED_SHARE, "of 1"),
 )
 
@@ -64,7 +64,7 @@ def measurements(rounds: Sequence[Round], stored_share: float) -> Iterator[Measu
         rounds: At least five.
         stored_share: Bytes that the manager took, over those of the blocks that the loads filled.
     """
-    for metric in _METRICS:
+    for metric in METRICS:
         pairs = [Pair(one.on[metric], one.off[metric]) for one in rounds]
         ratio = paired_ratio(pairs, is_lower_better=True)
         is_p99 = metric == "itl_p99"

@@ -130,15 +130,10 @@ def _break_even_row(tier: Tier, samples: Samples) -> Measurement:
 
 
 class _Rounds:
-    """Rounds on running servers.
+    """Rounds on running servers."""
 
-    Args:
-        num_block_bytes: Bytes of one KV block.
-    """
-
-    def __init__(self, served: ServedTiers, num_block_bytes: int, seed: int) -> None:
+    def __init__(self, served: ServedTiers, seed: int) -> None:
         self._served = served
-        self._block_bytes = num_block_bytes
         self._random = random.Random(seed)
         self._num_tokens = vocabulary_size()
         self._former: dict[int, list[int]] = {}
@@ -177,14 +172,14 @@ class _Rounds:
 
     def _store(self, prompt: list[int], length: int) -> None:
         """Have a prompt in all tiers of the first host."""
-        first, num_bytes = self._served.first, length // BLOCK_SIZE * self._block_bytes
-        names = [f'kelp_kv_tier_moved_bytes_total{{direction="write",tier="{tier}"}}' for tier in ("disk", "object")]
+        first, num_blocks = self._served.first, length // BLOCK_SIZE
+        names = [f'kelp_kv_tier_blocks{{state="resident",tier="{tier}"}}' for tier in ("disk", "object")]
         before = first.manager_stats()
         first.ask(prompt, STORER)
 
         def is_everywhere() -> bool:
             stats = first.manager_stats()
-            return all(stats.get(name, 0) - before.get(name, 0) >= num_bytes for name in names)
+            return all(stats.get(name, 0) - before.get(name, 0) >= num_blocks for name in names)
 
         wait_for(is_everywhere, f"a prefix of {length} tokens on disk and in the store", _SETTLE_S)
 
@@ -216,7 +211,7 @@ def run(reporter: Reporter, store: Store, is_long: bool) -> None:
     with ExitStack() as stack:
         folder = tempfile.TemporaryDirectory(prefix="kelp-bench-", ignore_cleanup_errors=True)
         served = stack.enter_context(running(Path(stack.enter_context(folder)), sizes, store, _THREADS))
-        rounds = _Rounds(served, num_block_bytes, seed=time.time_ns())
+        rounds = _Rounds(served, seed=time.time_ns())
         _play(rounds, num_rounds, reporter.say)
     for measurement in measurements(rounds.samples):
         reporter.add(measurement)
@@ -224,12 +219,14 @@ def run(reporter: Reporter, store: Store, is_long: bool) -> None:
 
 def _play(rounds: _Rounds, num_rounds: int, say: Callable[[str], None]) -> None:
     started_s = time.monotonic()
-    rounds.warm_up()
-    for number in range(num_rounds + _SPARE_ROUNDS):
+    for number in range(1 + num_rounds + _SPARE_ROUNDS):
         if rounds.samples.count() >= num_rounds:
             break
         try:
-            rounds.run()
+            if number:
+                rounds.run()
+            else:
+                rounds.warm_up()
         except BenchError as error:
             # What is measured stays; one round that failed says nothing of the next.
             say(f"(onboarding, round {number}: {error})")

@@ -25,6 +25,8 @@ from kelp.core.kv_manager_messages import (
     Onboard,
     PoolRecord,
     Release,
+    Renew,
+    Renewed,
     Stats,
     Store,
     Stored,
@@ -47,6 +49,7 @@ from perf.suite import BenchError
 _STORE_BYTES = _READ_BYTES = 16 * 1024 * 1024
 """As the worker's offloader and onboarder have it."""
 _TIMEOUT_S = 60.0
+_RENEWALS_PER_TTL = 3
 _TENANT = tenant_digest("")
 _NAME, _EPOCH = "bench-worker", "e"
 
@@ -93,6 +96,7 @@ class PoolWorker:
         self._leases = LeaseBook()
         self._numbers = itertools.count(1)
         self._link: Link | None = None
+        self._renewing: asyncio.Task[None] | None = None
 
     async def join(self) -> None:
         """Introduce the pool, and connect to the host tier.
@@ -110,6 +114,7 @@ class PoolWorker:
         region = Region(theirs.base_address, theirs.num_blocks, theirs.block_bytes, theirs.device, theirs.stride_bytes)
         peer = await asyncio.to_thread(self._agent.connect, theirs.agent_metadata, region)
         self._link = Link("m", WorkerAddress("", ""), joined.manager_epoch, joined.lease_ttl_s, theirs, peer)
+        self._renewing = asyncio.ensure_future(self._renew_forever(self._link))
 
     async def store(self, names: Sequence[SequenceHash]) -> float:
         """Offer the pool's blocks under these names, and commit; returns the seconds.
@@ -159,6 +164,7 @@ class PoolWorker:
         await bringing.run(leased)
         seconds = time.perf_counter() - started_s
         await bringing.stop()
+        self._leases.close(lease)
         await self._client.ask(Release(_NAME, _EPOCH, (lease.lease_id,)))
         return Onboarded(seconds, bringing.num_right, leased.tiers)
 
@@ -174,8 +180,19 @@ class PoolWorker:
 
     def close(self) -> None:
         """End the thread and the agent."""
+        if self._renewing is not None:
+            self._renewing.cancel()
         self._reads.close()
         self._agent.close()
+
+    async def _renew_forever(self, link: Link) -> None:
+        """Who is not heard of is forgotten, also while it waits for its blocks to reach the object store."""
+        while True:
+            asked, sent_s = self._leases.of(link), time.monotonic()
+            answer = await self._client.ask(Renew(_NAME, _EPOCH, tuple(lease.lease_id for lease in asked)))
+            if isinstance(answer, Renewed):
+                self._leases.renewed(asked, answer.lease_ids, sent_s)
+            await asyncio.sleep(link.ttl_s / _RENEWALS_PER_TTL)
 
     async def _count_right(
         self, names: Sequence[SequenceHash], references: Sequence[SlotRef], block_ids: Sequence[BlockId]

@@ -26,6 +26,10 @@ GROUP_BLOCKS = 8
 _JOIN_S = 60.0
 _POLL_S = 0.1
 _NUM_POOL_BLOCKS = 1024
+_REGISTRY_EXPIRY_S = 60
+"""Whoever is kept from the cores for a while, on a busy machine, is not lost."""
+STORE_TIMEOUT_S = 30
+"""The store shares the cores with everybody else here."""
 _SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -72,7 +76,11 @@ def arena_folder(name: str, work: Path) -> Path:
 
 def common_settings(threads: int) -> dict[str, object]:
     """What all servers have: as many threads, however many workers share a host."""
-    return {"executor.threads": threads, "executor.num_blocks": _NUM_POOL_BLOCKS}
+    return {
+        "executor.threads": threads,
+        "executor.num_blocks": _NUM_POOL_BLOCKS,
+        "registry.expiry_s": _REGISTRY_EXPIRY_S,
+    }
 
 
 def _tier_settings(name: str, work: Path, sizes: TierSizes, store: Store, bucket: str) -> dict[str, object]:
@@ -83,6 +91,7 @@ def _tier_settings(name: str, work: Path, sizes: TierSizes, store: Store, bucket
         "object_tier.bucket": bucket,
         "object_tier.endpoint": store.endpoint,
         "object_tier.region": REGION,
+        "object_tier.timeout_s": STORE_TIMEOUT_S,
         "object_tier.object_bytes": GROUP_BLOCKS * sizes.block_bytes,
         "offload.onboard": "always",
     }

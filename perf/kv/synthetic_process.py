@@ -19,7 +19,7 @@ import numpy as np
 from kelp.core.types import KVLayout, SequenceHash, Tier
 from perf.kv.manager_link import running
 from perf.kv.pool_worker import PoolWorker, names_of
-from perf.kv.served_tiers import arena_folder
+from perf.kv.served_tiers import STORE_TIMEOUT_S, arena_folder
 from perf.kv.store import REGION
 from perf.kv.synthetic_messages import SyntheticResult, SyntheticSpec
 from perf.suite import BenchError
@@ -59,9 +59,7 @@ class _Measuring:
         if tier is Tier.OBJECT:
             await self._reaches('kelp_kv_object_store{state="closed"}', 1)
         await self._worker.store(self._names)
-        written_bytes = len(self._names) * self._worker.layout.block_bytes
-        series = f'kelp_kv_tier_moved_bytes_total{{direction="write",tier="{tier.name.lower()}"}}'
-        await self._reaches(series, written_bytes)
+        await self._reaches(f'kelp_kv_tier_blocks{{state="resident",tier="{tier.name.lower()}"}}', len(self._names))
 
     async def _reaches(self, series: str, value: float) -> None:
         deadline_s = time.monotonic() + _SETTLE_S
@@ -115,6 +113,7 @@ async def _measure(spec: SyntheticSpec, work: Path, tier: Tier, result: Syntheti
             "object_tier.bucket": spec.bucket,
             "object_tier.endpoint": spec.endpoint,
             "object_tier.region": REGION,
+            "object_tier.timeout_s": STORE_TIMEOUT_S,
         }
     async with running(work, settings) as client:
         worker = PoolWorker(layout, client)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import http.client
 import json
 import os
 import signal
@@ -29,6 +30,9 @@ _START_TIMEOUT_S = 240.0
 _STOP_TIMEOUT_S = 45.0
 _REQUEST_TIMEOUT_S = 30.0
 _POLL_S = 0.2
+_MAX_STARTS = 3
+_PORT_TAKEN = ("already in use", "is in use by")
+"""As tritonserver and `kelp serve` say it."""
 _PR_SET_PDEATHSIG = 1
 
 WORKERS_OF_MODE = {"aggregated": ("decode",), "disaggregated": ("prefill", "decode")}
@@ -104,7 +108,7 @@ def _ask_once(http_port: int) -> int:
     try:
         with urllib.request.urlopen(request, timeout=_REQUEST_TIMEOUT_S) as response:
             worker_ids = json.load(response).get("worker_ids", [])
-    except (urllib.error.URLError, TimeoutError, ConnectionError, ValueError):
+    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError, ValueError):
         return 0
     return len(worker_ids) if isinstance(worker_ids, list) else 1
 
@@ -142,6 +146,24 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     psutil.wait_procs(family, timeout=5.0)
 
 
+def _start_on_free_ports(mode: str, variant: Variant, log: Path) -> tuple[subprocess.Popen[bytes], _Ports]:
+    """A server that answers; started anew if somebody else has taken one of its ports meanwhile."""
+    num_starts = 0
+    while True:
+        num_starts += 1
+        ports = _Ports(pick_free(_HOST), pick_free(_HOST), pick_free(_HOST))
+        process = _start(mode, variant, ports, log)
+        try:
+            _wait_until_it_answers(mode, process, ports.http, log)
+        except BaseException as error:
+            _stop(process)
+            is_port_taken = isinstance(error, BenchError) and any(text in str(error) for text in _PORT_TAKEN)
+            if not is_port_taken or num_starts == _MAX_STARTS:
+                raise
+            continue
+        return process, ports
+
+
 @contextmanager
 def running(mode: str, logs: Path, variant: Variant | None = None) -> Iterator[Deployment]:
     """Serve in a mode while the block runs; with default options unless a variant says otherwise.
@@ -149,12 +171,9 @@ def running(mode: str, logs: Path, variant: Variant | None = None) -> Iterator[D
     Raises:
         BenchError: The server does not come up; quotes its last words.
     """
-    ports = _Ports(pick_free(_HOST), pick_free(_HOST), pick_free(_HOST))
     variant = variant or Variant(mode)
-    log = logs / f"{variant.name}.log"
-    process = _start(mode, variant, ports, log)
+    process, ports = _start_on_free_ports(mode, variant, logs / f"{variant.name}.log")
     try:
-        _wait_until_it_answers(mode, process, ports.http, log)
         pids = find_processes(process.pid)
         yield Deployment(mode, f"{_HOST}:{ports.grpc}", f"http://{_HOST}:{ports.metrics}/metrics", pids)
     finally:

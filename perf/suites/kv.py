@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,13 +27,18 @@ def _start_store(stack: ExitStack, reporter: Reporter) -> tuple[Store | None, st
 
 
 def _part(reporter: Reporter, name: str, required: Sequence[RequiredRow], measure: Callable[[], None]) -> None:
-    """What keeps one part from being measured does not concern the others."""
-    started_s = time.monotonic()
+    """What keeps one part from being measured, whatever it is, does not concern the others."""
+    started_s, trouble = time.monotonic(), ""
     try:
         measure()
     except BenchError as error:
+        trouble = str(error)
+    except Exception as error:
+        trouble = f"{type(error).__name__}: {error}"
+        reporter.say(traceback.format_exc())
+    if trouble:
         for row in required:
-            reporter.explain(row.case, str(error))
+            reporter.explain(row.case, trouble)
     reporter.say(f"({name}: {time.monotonic() - started_s:.0f} s)")
 
 

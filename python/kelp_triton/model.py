@@ -14,7 +14,7 @@ from typing import Any
 from kelp.core.config import KelpConfig, load_config
 from kelp.core.errors import WorkerLost
 from kelp.core.exchange import as_kelp_error
-from kelp.core.metrics import Metrics
+from kelp.core.metrics import MODEL_RESTARTS, Metrics
 from kelp.core.schema_types import RESTART_PARAMETER
 from kelp_triton.exchange import Exchange
 from kelp_triton.loop import LoopThread
@@ -39,11 +39,13 @@ class KelpModel:
         logging.basicConfig(stream=sys.stderr, format=f"%(levelname).1s kelp {args['model_name']}: %(message)s")
         document = json.loads(args["model_config"])
         parameters = {key: value["string_value"] for key, value in document.get("parameters", {}).items()}
-        parameters.pop(RESTART_PARAMETER, None)
+        num_restarts = parameters.pop(RESTART_PARAMETER, "0")
         self.model_name = args["model_name"]
         self.instance_name = args.get("model_instance_name", self.model_name)
         self.config: KelpConfig = load_config(parameters)
         self.metrics = Metrics()
+        if num_restarts.isdecimal():
+            self.metrics.set(MODEL_RESTARTS, float(num_restarts), model=self.model_name)
         self._loop = LoopThread(f"kelp-{self.model_name}")
         try:
             self._server = self._loop.wait(_leave_with_server(), _START_TIMEOUT_S)

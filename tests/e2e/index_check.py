@@ -8,26 +8,31 @@ from collections.abc import Sequence
 from kelp.core.clock import SystemClock
 from kelp.core.config import EventsConfig
 from kelp.core.metrics import Metrics
+from kelp.core.peer_auth import PeerToken
 from kelp.core.types import SequenceHash
 from kelp.registry.base import WorkerRecord
 from kelp.router.decision.workers import WorkerTable
-from kelp.router.feed.subscriber import EventFeed
+from kelp.router.feed.subscriber import EventFeed, FeedOptions
 from kelp.router.feed.values import SubscriptionState
 from kelp.router.index.kv_index import KVIndex
 from support.waiting import until
 
 
-def blocks_held(records: Sequence[WorkerRecord], prompts: Sequence[Sequence[SequenceHash]]) -> list[dict[str, int]]:
+def blocks_held(
+    records: Sequence[WorkerRecord], prompts: Sequence[Sequence[SequenceHash]], token: PeerToken | None
+) -> list[dict[str, int]]:
     """How many leading blocks of each prompt each worker has, by a snapshot that each of them gives now.
 
     Workers without any are left out.
     """
-    return asyncio.run(_ask(records, prompts))
+    return asyncio.run(_ask(records, prompts, FeedOptions(token=token)))
 
 
-async def _ask(records: Sequence[WorkerRecord], prompts: Sequence[Sequence[SequenceHash]]) -> list[dict[str, int]]:
+async def _ask(
+    records: Sequence[WorkerRecord], prompts: Sequence[Sequence[SequenceHash]], options: FeedOptions
+) -> list[dict[str, int]]:
     table, index = WorkerTable(), KVIndex(SystemClock())
-    feed = EventFeed(table, index, EventsConfig(), Metrics(), SystemClock())
+    feed = EventFeed(table, index, EventsConfig(), Metrics(), SystemClock(), options)
     await feed.start()
     try:
         table.update(records)

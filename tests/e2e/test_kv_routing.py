@@ -134,7 +134,7 @@ def test_lost_events_were_asked_for_and_all_routers_know_in_the_end_what_workers
     agreed: defaultdict[str, set[str]] = defaultdict(set)
 
     def agree() -> bool:
-        held = blocks_held(records, names)
+        held = blocks_held(records, names, served.peer_token)
         for number, (prompt, expected) in enumerate(zip(prompts, held, strict=True)):
             router_id, seen = overlaps_seen(served, f"probe-{number}", prompt)
             if seen != expected:

@@ -1,133 +1,194 @@
-"""Prompts whose KV has left the worker come back from the host's and the disk's tier with the reference's tokens."""
+"""Prompts whose KV has left the worker come back from host memory, disk and object store with the reference's tokens.
+
+The tests follow each other: one host computes, is killed and started again; then another one that shares its store.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import urllib.request
+import threading
 from collections.abc import Iterator
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import pytest
 from hf_reference import Expected
-from prompts import MAX_TOKENS, PROMPTS, long_text
+from kv_host import BLOCK_BYTES, GROUP_BLOCKS, KvHost, reusable_blocks, store_settings
+from kv_storm import NUM_CLIENTS, Case, Storm, storm_cases
 
-from support.serving import HOST, KelpServer
+from s3_server import S3Server, aws_environment, s3_server
+from support.kv_stats import wait_nothing_held, wait_stats
+from support.object_rig import Bucket
+from support.serving import MODEL
 from support.waiting import wait_until
 
-BLOCK_TOKENS = 16
-NUM_BLOCKS = 64
-PROMPT = "two chunks"
-SETTINGS: dict[str, object] = {
-    "executor.max_step_tokens": 256,
-    "executor.threads": 1,
-    "kv_manager.host_bytes": 384 * 1024**2,
-    "kv_manager.lease_ttl_s": 3,
-    "offload.onboard": "always",
-    "registry.heartbeat_s": 0.5,
-}
-_salts = itertools.count()
+__all__ = ["s3_server"]
+PROMPT, MIXED = "two chunks", "story"
+NUM_STORED = 10
+"""Of the mixed prompt's blocks, those that the first host computes."""
+SMALL = 40
+"""Blocks of a host tier that a storm overflows."""
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Two hosts with one object store."""
+
+    first: KvHost
+    second: KvHost
 
 
 @pytest.fixture(scope="module")
-def tiered_server(expected: dict[str, Expected]) -> Iterator[KelpServer]:
-    """A worker whose pool holds two prompts at most, and a host tier."""
-    with KelpServer("aggregated", num_blocks=NUM_BLOCKS, settings=SETTINGS).start() as server:
-        yield server
+def storm(requirements: None) -> list[Case]:
+    return storm_cases(MODEL)
 
 
-def reusable_tokens(reference: Expected) -> int:
-    return (len(reference.prompt_ids) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+@pytest.fixture(scope="module")
+def sites(
+    s3_server: S3Server, expected: dict[str, Expected], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Sites]:
+    """The first one runs; nothing is stored yet."""
+    with pytest.MonkeyPatch.context() as patch:
+        aws_environment(patch)
+        bucket = Bucket(s3_server)
+        store = store_settings(s3_server, bucket.name)
+        sites = Sites(
+            KvHost(tmp_path_factory.mktemp("first"), store),
+            KvHost(tmp_path_factory.mktemp("second"), store, is_isolated=True),
+        )
+        try:
+            sites.first.start(160)
+            yield sites
+            sites.first.stop()
+            sites.second.stop()
+        finally:
+            sites.first.close()
+            sites.second.close()
+            bucket.close()
 
 
-def metric(server: KelpServer, name: str, **labels: str) -> float:
-    """Sum over what the labels leave open."""
-    with urllib.request.urlopen(f"http://{HOST}:{server.metrics_port}/metrics", timeout=5.0) as response:
-        lines = response.read().decode().splitlines()
-    found = [line for line in lines if line.partition("{")[0].partition(" ")[0] == name]
-    wanted = [f'{key}="{value}"' for key, value in labels.items()]
-    return sum(float(line.rpartition(" ")[2]) for line in found if all(label in line for label in wanted))
+@pytest.fixture(scope="module")
+def computed(sites: Sites, expected: dict[str, Expected]) -> Sites:
+    """The first host has computed and stored what the tests are about."""
+    assert sites.first.check(expected[PROMPT]) == 0
+    assert sites.first.have_computed(expected[MIXED], NUM_STORED) == 0
+    num_blocks = reusable_blocks(expected[PROMPT]) + NUM_STORED
+    wait_stats(sites.first.server, "all in memory and on disk", resident_host=num_blocks, resident_disk=num_blocks)
+    num_grouped = reusable_blocks(expected[PROMPT]) // GROUP_BLOCKS * GROUP_BLOCKS + NUM_STORED
+    wait_stats(sites.first.server, "whole groups in the store", written_object=num_grouped * BLOCK_BYTES)
+    return sites
 
 
-def check(server: KelpServer, reference: Expected, num_cached: int, **fields: object) -> None:
-    answer = server.ask(**PROMPTS[PROMPT], max_tokens=MAX_TOKENS, stream=True, **fields)
-    assert answer.token_ids == reference.token_ids
-    assert answer.text == reference.text
-    assert answer.last.number("cached_tokens") == num_cached
+@pytest.fixture(scope="module")
+def restarted(computed: Sites) -> KvHost:
+    """The first host after all its processes were killed; a host tier of another size begins empty."""
+    computed.first.kill()
+    computed.first.start(SMALL)
+    return computed.first
 
 
-def flood(server: KelpServer) -> None:
-    """Evict everything from the worker's own pool."""
-    for _ in range(2):
-        answer = server.ask(text_input=long_text(36, start=300), max_tokens=2, cache_salt=f"flood {next(_salts)}")
-        assert answer.last.number("num_input_tokens") > NUM_BLOCKS * BLOCK_TOKENS * 0.8
+@pytest.fixture(scope="module")
+def elsewhere(computed: Sites) -> KvHost:
+    """The second host, the first one being gone."""
+    computed.first.stop()
+    computed.second.start(SMALL, **{"kv_manager.eviction": "lru"})
+    # What it has listed it need not ask for, which has to be answered in a quarter of a second.
+    wait_stats(computed.second.server, "a look into the store", listed_object=1)
+    return computed.second
 
 
-def wait_stored(server: KelpServer, tier: str, num_tokens: int, before: float = 0.0) -> None:
-    wanted = before + num_tokens // BLOCK_TOKENS
-    wait_until(
-        lambda: metric(server, "kelp_kv_tier_blocks", tier=tier, state="resident") >= wanted, f"blocks in {tier}", 60.0
-    )
+def test_an_evicted_prompt_comes_back_from_the_host_tier(computed: Sites, expected: dict[str, Expected]) -> None:
+    host, num_blocks = computed.first, reusable_blocks(expected[PROMPT])
+    host.flood_pool()
+    assert host.check(expected[PROMPT]) == num_blocks
+    assert wait_nothing_held(host.server).hits("host") >= num_blocks - 2
+    assert host.check(expected[PROMPT], cache_salt="somebody else") == 0
+    host.server.wait_quiet()
 
 
-def is_joined(server: KelpServer) -> bool:
-    return all(record.kv_manager_id for record in server.records().values())
+def test_after_everything_was_killed_the_disk_has_it(restarted: KvHost, expected: dict[str, Expected]) -> None:
+    num_blocks = reusable_blocks(expected[PROMPT])
+    before = wait_stats(restarted.server, "the disk's index", resident_disk=num_blocks + NUM_STORED)
+    assert before.resident("host") == 0
+    assert restarted.check(expected[PROMPT]) == num_blocks
+    after = wait_nothing_held(restarted.server)
+    assert [after.hits(tier) for tier in ("host", "disk", "object")] == [0, num_blocks, 0]
+    restarted.server.wait_quiet()
 
 
-def test_an_evicted_prompt_comes_back_from_the_host_tier(
-    tiered_server: KelpServer, expected: dict[str, Expected]
+def test_sixteen_clients_on_tiers_that_always_evict_get_the_references_tokens(
+    restarted: KvHost, storm: list[Case]
 ) -> None:
-    reference = expected[PROMPT]
-    num_tokens = reusable_tokens(reference)
-    wait_until(lambda: is_joined(tiered_server), "the manager", 30.0)
-    check(tiered_server, reference, 0)
-    wait_stored(tiered_server, "host", num_tokens)
-    flood(tiered_server)
-    check(tiered_server, reference, num_tokens)
-    wait_until(
-        lambda: metric(tiered_server, "kelp_onboarded_blocks_total") == num_tokens // BLOCK_TOKENS, "the count", 15.0
-    )
-    flood(tiered_server)
-    check(tiered_server, reference, 0, cache_salt="somebody else")
-    tiered_server.wait_quiet()
+    before = wait_nothing_held(restarted.server)
+    load = Storm(restarted.server, storm, seed=1)
+    load.run(4 * NUM_CLIENTS)
+    assert load.num_answered > 3 * NUM_CLIENTS
+    restarted.server.wait_quiet()
+    after = wait_nothing_held(restarted.server)
+    assert after.evicted("host") > before.evicted("host")
+    assert after.hits("host") > before.hits("host")
+    assert after.hits("disk") > before.hits("disk")
+    assert load.num_cached_tokens > 0
+    assert after.total("kelp_kv_tier_corrupt_blocks_total") == 0
 
 
-def test_a_killed_manager_costs_no_request_and_is_found_again_with_its_blocks(
-    tiered_server: KelpServer, expected: dict[str, Expected]
+def test_a_manager_killed_while_it_is_full_costs_no_answer_and_is_found_again_with_its_blocks(
+    restarted: KvHost, storm: list[Case]
 ) -> None:
-    reference = expected[PROMPT]
-    num_tokens = reusable_tokens(reference)
-    check(tiered_server, reference, num_tokens, cache_salt="somebody else")
-    killed = tiered_server.stub("kv_block_manager")
-    with tiered_server.open(text_input=long_text(8, start=500), max_tokens=40, ignore_eos=True) as call:
-        call.next()
-        killed.kill()
-        assert sum(len(response.token_ids) for response in call) >= 30
-    flood(tiered_server)
-    wait_until(lambda: metric(tiered_server, "kelp_worker_kv_manager_failures_total") > 0, "the failure's count", 15.0)
-
-    def is_back() -> bool:
-        with contextlib.suppress(AssertionError):
-            return tiered_server.stub("kv_block_manager").pid != killed.pid and is_joined(tiered_server)
-        return False
-
-    wait_until(is_back, "another manager", 60.0)
-    check(tiered_server, reference, num_tokens)
-    tiered_server.wait_quiet()
+    kill_under_load(restarted, storm, seed=2)
 
 
-def test_after_everything_was_restarted_the_disk_has_it(expected: dict[str, Expected], tmp_path: Path) -> None:
-    reference = expected[PROMPT]
-    num_tokens = reusable_tokens(reference)
-    settings = {**SETTINGS, "disk_tier.path": tmp_path / "disk", "disk_tier.max_bytes": 256 * 1024**2}
-    server = KelpServer("aggregated", num_blocks=NUM_BLOCKS, settings=settings).start()
-    try:
-        wait_until(lambda: is_joined(server), "the manager", 30.0)
-        check(server, reference, 0)
-        wait_stored(server, "disk", num_tokens)
-    finally:
-        server.kill()
-    with KelpServer("aggregated", num_blocks=NUM_BLOCKS, settings=settings).start() as server:
-        wait_until(lambda: is_joined(server), "the manager", 30.0)
-        check(server, reference, num_tokens)
-        server.wait_quiet()
+def test_another_host_brings_from_the_store_what_it_never_computed(
+    elsewhere: KvHost, expected: dict[str, Expected]
+) -> None:
+    num_blocks = reusable_blocks(expected[PROMPT]) // GROUP_BLOCKS * GROUP_BLOCKS
+    assert elsewhere.check(expected[PROMPT]) == num_blocks
+    after = wait_nothing_held(elsewhere.server)
+    assert [after.hits(tier) for tier in ("host", "disk", "object")] == [0, 0, num_blocks]
+    elsewhere.server.wait_quiet()
+
+
+def test_a_prompt_comes_from_all_tiers_at_once(elsewhere: KvHost, expected: dict[str, Expected]) -> None:
+    reference = expected[MIXED]
+    assert reusable_blocks(reference) > NUM_STORED, "something has to be computed"
+    # What is used again after it came from the store is written to the disk.
+    assert elsewhere.have_computed(reference, 8) == 8
+    elsewhere.flood_pool()
+    assert elsewhere.have_computed(reference, 8) == 8
+    wait_nothing_held(elsewhere.server)
+    elsewhere.flood_memory()
+    assert elsewhere.have_computed(reference, 4) == 4
+    elsewhere.flood_pool()
+    before = wait_nothing_held(elsewhere.server)
+    assert elsewhere.check(reference) == NUM_STORED
+    after = wait_nothing_held(elsewhere.server)
+    gained = [after.hits(tier) - before.hits(tier) for tier in ("host", "disk", "object")]
+    assert all(gained), gained
+    assert sum(gained) <= NUM_STORED
+    elsewhere.server.wait_quiet()
+
+
+def test_an_isolated_manager_killed_under_load_costs_no_answer_and_comes_back(
+    elsewhere: KvHost, storm: list[Case]
+) -> None:
+    kill_under_load(elsewhere, storm, seed=3)
+
+
+def kill_under_load(host: KvHost, cases: list[Case], seed: int) -> None:
+    """The storm goes on until another manager has been of use."""
+    Storm(host.server, cases, seed).run(NUM_CLIENTS)
+    wait_stats(host.server, "a full host tier", resident_host=SMALL - 2 * GROUP_BLOCKS)
+    killed = host.server.stub("kv_block_manager")
+    is_over = threading.Event()
+    load = Storm(host.server, cases, seed + 100)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(load.run, 10**6, is_over.is_set)
+        try:
+            wait_until(lambda: load.num_answered >= 4 or running.done(), "load", 60.0)
+            killed.kill()
+            host.wait_back(killed.pid)
+            wait_stats(host.server, "hits in what the killed one left", hits_host=1)
+        finally:
+            is_over.set()
+        running.result()
+    host.server.wait_quiet()
+    assert wait_nothing_held(host.server).total("kelp_kv_tier_corrupt_blocks_total") == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -9,18 +11,24 @@ from typing import Any
 import pytest
 from mock_fleet_rig import NUM_ROUTERS, Reference, explain, generate, model_of
 
+from kelp.client.base import WorkerAddress
+from kelp.client.grpc import GrpcWorkerClient
+from kelp.core.messages import DrainCommand, WorkerStatus
 from kelp.registry.directory import RouterDirectory
 from support.llm_client import Answer, Call, ServedError, http_post, sse_events
-from support.serving import KelpServer
+from support.serving import KelpServer, run_cli
 from support.waiting import wait_until
 
 MAX_TOKENS = 24
 LONG = 400
+ENDLESS = 6000
+STEP_S = 8e-3
 MAX_TRIES = 12
 PROMPTS = [
     f"Ship {number} left the harbour with {number * 7} barrels of " + "salt and " * number for number in range(24)
 ]
-SETTINGS: dict[str, object] = {"router.disaggregation": "always"}
+SETTINGS: dict[str, object] = {"router.disaggregation": "always", "supervision.enabled": False, "drain.grace_s": 0}
+"""Every prompt is handed over; a dead router stays dead, to be looked at; a drained worker does not wait."""
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +75,45 @@ def test_a_stream_carries_the_same_tokens(fleet: KelpServer, reference: Referenc
     fleet.wait_quiet()
 
 
+def drain(server: KelpServer, worker: str) -> None:
+    async def obey() -> WorkerStatus:
+        client, record = GrpcWorkerClient(server.peer_token), server.records()[worker]
+        address = WorkerAddress(record.endpoint, record.model_name, epoch=record.epoch)
+        try:
+            return await client.control(address, DrainCommand())
+        finally:
+            await client.close()
+
+    assert asyncio.run(obey()).state == "draining"
+
+
+def unload(server: KelpServer, worker: str) -> None:
+    status, _ = http_post(f"{server.http_url}/v2/repository/models/{worker}/unload", {})
+    assert status == 200
+
+
+def test_a_drained_decode_worker_takes_no_stream_along(fleet: KelpServer, reference: Reference) -> None:
+    name = "before the drain"
+    with long_stream(fleet, name, ENDLESS) as call:
+        started_s, said = time.monotonic(), []
+        while len(said) < 5:
+            said += call.next().token_ids
+        (worker,) = [each for each, status in fleet.statuses().items() if status.num_running and each != "prefill"]
+        drain(fleet, worker)
+        wait_until(lambda: explain(fleet, name)["attempt"] > 1, "a second attempt", 60.0)
+        # More than one worker can have said by now.
+        num_tokens = int((time.monotonic() - started_s) / STEP_S) + 50
+        while len(said) < num_tokens:
+            said += call.next().token_ids
+        call.cancel()
+    assert num_tokens < ENDLESS and said[:num_tokens] == reference.answer(name, num_tokens)
+    unload(fleet, worker)
+    wait_until(lambda: worker not in fleet.records(), "its record to go", 30.0)
+    back = run_cli("scale", "decode=2", "--grpc-port", str(fleet.grpc_port))
+    assert back.returncode == 0, back.stderr
+    fleet.wait_quiet()
+
+
 def test_a_killed_router_takes_only_its_own_requests_along(fleet: KelpServer, reference: Reference) -> None:
     streams = {f"stream-{number}": long_stream(fleet, f"stream-{number}") for number in range(9)}
     first = {name: call.next() for name, call in streams.items()}
@@ -91,8 +138,8 @@ def test_a_killed_router_takes_only_its_own_requests_along(fleet: KelpServer, re
         call.cancel()
 
 
-def long_stream(server: KelpServer, name: str) -> Call:
-    request = {"text_input": name, "max_tokens": LONG, "stream": True}
+def long_stream(server: KelpServer, name: str, max_tokens: int = LONG) -> Call:
+    request = {"text_input": name, "max_tokens": max_tokens, "stream": True}
     return Call(server.grpc_endpoint, request, request_id=name)
 
 

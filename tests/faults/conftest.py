@@ -17,6 +17,7 @@ SETTINGS: dict[str, object] = {
     "executor.max_running": 1,
     "executor.max_step_tokens": 64,
     "queue.running_factor": 2.0,
+    "queue.refuse_late": False,
     "registry.heartbeat_s": 0.5,
     "router.disaggregation": "always",
 }

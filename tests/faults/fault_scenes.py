@@ -172,8 +172,8 @@ class DirectRequest:
             }
         )
         record = server.records()[role.value]
-        self._client = GrpcWorkerClient()
-        address = WorkerAddress(record.endpoint, record.model_name)
+        self._client = GrpcWorkerClient(server.peer_token)
+        address = WorkerAddress(record.endpoint, record.model_name, epoch=record.epoch)
         self._stream = WorkerRequest(self._client, address, command, PROMPT)
 
     async def outputs(self) -> list[WorkerOutput]:

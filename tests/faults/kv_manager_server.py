@@ -1,11 +1,12 @@
 """A KV block manager in a process of its own, behind the one RPC of Triton that its clients use; no Triton.
 
-Arguments: port, then `key=value` settings. Prints READY; stops on SIGTERM.
+Arguments: port, then `key=value` settings. Prints READY and what the manager logs; stops on SIGTERM.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import struct
@@ -48,4 +49,5 @@ async def serve(port: int, settings: dict[str, str]) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("UCX_MODULES", "^efa")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     asyncio.run(serve(int(sys.argv[1]), dict(argument.split("=", 1) for argument in sys.argv[2:])))

@@ -46,7 +46,7 @@ def test_a_deadline_may_pass_while_kv_is_transferred(server: KelpServer, peer_po
     async def scene() -> None:
         first_chunk = Announce(num_tokens=16, block_ids=(0,))
         async with (
-            open_prefill_peer(peer_pool.describe(), [first_chunk]) as peer,
+            open_prefill_peer(peer_pool.describe(), [first_chunk], token=server.peer_token) as peer,
             direct_request(server, Role.DECODE, peer.rendezvous, remaining_ms=1000.0) as request,
         ):
             with pytest.raises(DeadlineExceeded):

@@ -5,7 +5,6 @@ Real processes over NIXL and gRPC; the mock engine checks every byte that is bro
 
 from __future__ import annotations
 
-import asyncio
 import importlib.util
 import json
 import random
@@ -19,8 +18,7 @@ from pathlib import Path
 import pytest
 
 from kelp.client.base import WorkerAddress
-from kelp.client.grpc.kv_manager import GrpcKvManagerClient
-from kelp.core.kv_manager_messages import GetStats, Stats
+from support.kv_stats import KvStats, stats_at, wait_nothing_held
 from support.serving import free_ports
 from support.waiting import wait_until
 
@@ -102,6 +100,7 @@ class Stage:
         (folder / "config.json").write_text(json.dumps({"vocab_size": 64, "max_position_embeddings": 4096}))
         self._folder = folder
         (self._port,) = free_ports(1)
+        self._address = WorkerAddress(f"127.0.0.1:{self._port}", "kv_block_manager")
         self.processes: list[Process] = []
         self._settings = [
             f"registry.path={folder / 'registry'}",
@@ -125,35 +124,23 @@ class Stage:
         self.processes.append(worker)
         return worker
 
-    def stats(self) -> dict[str, float]:
+    def stats(self) -> KvStats:
         """What the manager counts."""
+        return stats_at(self._address)
 
-        async def ask() -> dict[str, float]:
-            client = GrpcKvManagerClient()
-            try:
-                address = WorkerAddress(f"127.0.0.1:{self._port}", "kv_block_manager")
-                (result,) = await client.call(address, [GetStats()], 5.0)
-            finally:
-                await client.close()
-            assert isinstance(result, Stats)
-            return dict(result.values)
-
-        return asyncio.run(ask())
-
-    def wait_nothing_held(self) -> None:
+    def wait_nothing_held(self) -> KvStats:
         """Leases, stores, references and quarantined slots end by themselves."""
+        return wait_nothing_held(self._address)
 
-        def held() -> dict[str, float]:
-            return {
-                name: value
-                for name, value in self.stats().items()
-                if name.startswith("kelp_kv_manager_held")
-                and value
-                and "workers" not in name
-                and "unverified" not in name
-            }
-
-        wait_until(lambda: not held(), "nothing held", 30.0)
+    def stop_in_the_act(self, worker: WorkerProcess, kind: str, generator: random.Random) -> None:
+        """Have the only worker sleep at a moment when the manager holds something of this kind for it."""
+        for _ in range(300):
+            worker.wait_more(generator.randrange(1, 4))
+            worker.send(signal.SIGSTOP)
+            if self.stats().total("kelp_kv_manager_held", kind=kind):
+                return
+            worker.send(signal.SIGCONT)
+        raise AssertionError(f"no {kind} at any moment")
 
     def _add(self, process: Process) -> Process:
         self.processes.append(process)
@@ -168,6 +155,18 @@ def stage(tmp_path: Path) -> Iterator[Stage]:
         process.close()
 
 
+def kill_in_a_quiet_moment(stage: Stage, manager: Process, worker: WorkerProcess) -> Process:
+    """Nothing changes while nobody asks: all that can be found before the kill is found after it."""
+    worker.send(signal.SIGSTOP)
+    before = stage.wait_nothing_held()
+    manager.kill()
+    manager = stage.start_manager()
+    worker.send(signal.SIGCONT)
+    manager.wait_line(f"{before.resident('host')} KV blocks of an earlier process")
+    manager.wait_line(f"{before.resident('disk')} KV blocks are on disk")
+    return manager
+
+
 def test_a_manager_killed_at_any_moment_costs_no_answer_and_is_used_again(
     stage: Stage, request: pytest.FixtureRequest
 ) -> None:
@@ -180,6 +179,8 @@ def test_a_manager_killed_at_any_moment_costs_no_answer_and_is_used_again(
         worker.wait_more(10)
         manager = stage.start_manager()
         worker.wait_more(20, 20)
+    manager = kill_in_a_quiet_moment(stage, manager, worker)
+    worker.wait_more(20, 20)
     worker.finish()
     stage.wait_nothing_held()
     manager.send(signal.SIGTERM)
@@ -187,15 +188,17 @@ def test_a_manager_killed_at_any_moment_costs_no_answer_and_is_used_again(
     assert not [path for path in (stage._folder / "arena").rglob("*") if path.is_file()], "an orderly stop removes it"
 
 
-def test_a_worker_killed_while_it_stores_and_onboards_leaves_the_manager_nothing(stage: Stage) -> None:
+def test_a_worker_killed_while_it_stores_or_onboards_leaves_the_manager_nothing(stage: Stage) -> None:
     generator = random.Random(6)
     stage.start_manager()
-    other = stage.start_worker("other")
-    for _ in range(2):
-        victim = stage.start_worker("victim")
-        victim.wait_more(generator.randrange(5, 60), 5)
+    for kind in ("stores", "leases"):
+        victim = stage.start_worker(f"victim of {kind}")
+        victim.wait_more(20, 5)
+        stage.stop_in_the_act(victim, kind, generator)
         victim.kill()
-        other.wait_more(20, 20)
+        stage.wait_nothing_held()
+    other = stage.start_worker("other")
+    other.wait_more(20, 20)
     other.finish()
     stage.wait_nothing_held()
 

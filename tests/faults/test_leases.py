@@ -21,9 +21,10 @@ from kelp.core.handoff_messages import (
     PrefillDone,
 )
 from kelp.core.messages import Rendezvous
+from kelp.core.peer_auth import PeerToken, seal
 from kelp.core.types import Role
 from kelp.core.wire import Message, decode_message, encode_message
-from kelp.kv.handoff.wire import ATTACH, rpc_path
+from kelp.kv.handoff.wire import ATTACH, ATTACH_PROOF, proof_scope, rpc_path
 from support.serving import KelpServer
 
 NUM_BLOCKS = 3
@@ -58,6 +59,11 @@ class SilentReader:
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._call = channel.stream_stream(rpc_path(ATTACH))()
 
+    async def attach(self, rendezvous: Rendezvous, token: PeerToken | None) -> None:
+        scope = proof_scope(rendezvous.endpoint, rendezvous.prefill_epoch)
+        first = encode_message(Attach(handoff_id=rendezvous.handoff_id))
+        await self._call.write(seal(token, ATTACH_PROOF, scope, first))
+
     async def say(self, message: Message) -> None:
         await self._call.write(encode_message(message))
 
@@ -69,11 +75,11 @@ class SilentReader:
 
 
 @contextlib.asynccontextmanager
-async def attached_reader(rendezvous: Rendezvous) -> AsyncIterator[SilentReader]:
+async def attached_reader(server: KelpServer, rendezvous: Rendezvous) -> AsyncIterator[SilentReader]:
     """A reader that has heard of the whole prompt."""
     async with grpc.aio.insecure_channel(rendezvous.endpoint) as channel:
         reader = SilentReader(channel)
-        await reader.say(Attach(handoff_id=rendezvous.handoff_id))
+        await reader.attach(rendezvous, server.peer_token)
         heard = [await reader.hear() for _ in range(3)]
         assert [type(event) for event in heard] == [LeaseRenewed, Announce, PrefillDone]
         assert isinstance(heard[1], Announce)
@@ -93,7 +99,7 @@ def test_a_reader_that_falls_silent_loses_its_lease_and_hears_so(server: KelpSer
     async def scene() -> None:
         rendezvous = meeting(server, "silence")
         await prefill(server, rendezvous)
-        async with attached_reader(rendezvous) as reader:
+        async with attached_reader(server, rendezvous) as reader:
             await returned(server)
             last = await reader.hear()
             assert isinstance(last, HandoffFailed)
@@ -106,7 +112,7 @@ def test_a_reader_that_vanishes_is_given_its_lease_and_no_longer(server: KelpSer
     async def scene() -> None:
         rendezvous = meeting(server, "vanished")
         await prefill(server, rendezvous)
-        async with attached_reader(rendezvous) as reader:
+        async with attached_reader(server, rendezvous) as reader:
             reader.hang_up()
         held = (await asyncio.to_thread(server.statuses))["prefill"]
         assert held.num_leases == 1, "a broken stream says nothing about READs that may still run"
@@ -119,7 +125,7 @@ def test_a_reader_that_acknowledges_ends_its_lease_at_once(server: KelpServer) -
     async def scene() -> None:
         rendezvous = meeting(server, "done")
         await prefill(server, rendezvous)
-        async with attached_reader(rendezvous) as reader:
+        async with attached_reader(server, rendezvous) as reader:
             await reader.say(Acknowledge())
             await returned(server)
 

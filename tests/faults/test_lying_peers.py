@@ -21,9 +21,10 @@ from kelp.core.handoff_messages import (
     PrefillDone,
 )
 from kelp.core.messages import Rendezvous
+from kelp.core.peer_auth import seal
 from kelp.core.types import Role
 from kelp.core.wire import Message, decode_message
-from kelp.kv.handoff.wire import ATTACH, rpc_path
+from kelp.kv.handoff.wire import ATTACH, ATTACH_PROOF, proof_scope, rpc_path
 from support.prefill_peer import EPOCH, HANDOFF_ID, PeerPool, open_prefill_peer
 from support.serving import KelpServer
 
@@ -90,7 +91,7 @@ def test_a_peer_that_lies_about_itself_is_refused_by_name(server: KelpServer, pe
 
     async def scene() -> None:
         async with (
-            open_prefill_peer(describe(peer_pool)) as peer,
+            open_prefill_peer(describe(peer_pool), token=server.peer_token) as peer,
             direct_request(server, Role.DECODE, peer.rendezvous) as request,
         ):
             with pytest.raises(error, match=text):
@@ -105,7 +106,7 @@ def test_a_peer_that_lies_about_a_handoff_is_refused_by_name(server: KelpServer,
 
     async def scene() -> None:
         async with (
-            open_prefill_peer(peer_pool.describe(), script) as peer,
+            open_prefill_peer(peer_pool.describe(), script, token=server.peer_token) as peer,
             direct_request(server, Role.DECODE, peer.rendezvous) as request,
         ):
             with pytest.raises(error, match=text):
@@ -121,7 +122,7 @@ def test_an_honest_peer_is_served(server: KelpServer, peer_pool: PeerPool) -> No
             PrefillDone(first_token=5, first_log_prob=-1.0),
         ]
         async with (
-            open_prefill_peer(peer_pool.describe(), script) as peer,
+            open_prefill_peer(peer_pool.describe(), script, token=server.peer_token) as peer,
             direct_request(server, Role.DECODE, peer.rendezvous) as request,
         ):
             outputs = await request.outputs()
@@ -181,7 +182,8 @@ def test_garbage_in_a_handoff_stream_is_answered_by_name(server: KelpServer, com
         endpoint = "{}:{}".format(*handoff_address(server))
         async with grpc.aio.insecure_channel(endpoint) as channel:
             call = channel.stream_stream(rpc_path(ATTACH))()
-            await call.write(command)
+            scope = proof_scope(endpoint, server.records()["prefill"].epoch)
+            await call.write(seal(server.peer_token, ATTACH_PROOF, scope, command))
             event = decode_message(HANDOFF_EVENT, await call.read(), "event")
             assert isinstance(event, HandoffFailed)
             assert isinstance(from_message(event.message), ProtocolError)

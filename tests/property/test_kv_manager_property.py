@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import shutil
 import sys
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +27,13 @@ from kelp.core.hashing import tenant_digest
 from kelp.core.kv_manager_messages import (
     Clear,
     Done,
+    GetStats,
     Leased,
     Pin,
+    Refused,
     Renew,
     Renewed,
+    Stats,
     Stored,
     Unknown,
     decode_operations,
@@ -35,7 +41,10 @@ from kelp.core.kv_manager_messages import (
 )
 from kelp.core.types import SequenceHash
 from kelp.kv.eviction.catalogue import POLICY_NAMES
+from kelp.kv.manager import catching_up, lower
 from kelp.kv.manager.service import KvBlockManager
+from kelp.kv.tiers.clears import ClearJournal
+from support.waiting import until
 
 NUM_SLOTS, NUM_DISK_SLOTS, TTL_S = 7, 9, 10.0
 SALTS = ("", "a")
@@ -56,6 +65,10 @@ class ManagerMachine(RuleBasedStateMachine):
     )
     def begin(self, has_disk: bool, has_store: bool, share: str, eviction: str) -> None:
         self.loop = asyncio.new_event_loop()
+        self.folder = Path(tempfile.mkdtemp())
+        self.patch = pytest.MonkeyPatch()
+        for module, name in ((catching_up, "POLL_S"), (catching_up, "PAUSE_S"), (lower, "_POLL_S")):
+            self.patch.setattr(module, name, 0.001)
         self.clock = FakeClock()
         self.host = Host(
             NUM_SLOTS,
@@ -65,9 +78,13 @@ class ManagerMachine(RuleBasedStateMachine):
                 "kv_manager.tenant_share": share,
                 "kv_manager.lease_ttl_s": str(TTL_S),
                 "kv_manager.eviction": eviction,
+                "object_tier.refresh_s": "0.001",
             },
             self.clock,
+            journal=self.folder / "clears",
         )
+        # Cleared while the store was away, and not stored again since.
+        self.owed: set[SequenceHash] = set()
         self.start()
 
     def start(self) -> None:
@@ -97,6 +114,7 @@ class ManagerMachine(RuleBasedStateMachine):
     @rule(name=workers, prompt=prompts, length=lengths, fate=st.sampled_from(["commit", "commit", "invalid", "later"]))
     def store(self, name: str, prompt: tuple[str, list[SequenceHash]], length: int, fate: str) -> None:
         worker, (salt, hashes) = self.workers[name], prompt
+        self.owed.difference_update(hashes)
         operation = worker.store_operation(hashes[:length], tenant_digest(salt))
         if fate == "invalid":
             worker.pool[:] = 255
@@ -161,19 +179,40 @@ class ManagerMachine(RuleBasedStateMachine):
     def clear(self, salt: str | None) -> None:
         tenant = None if salt is None else tenant_digest(salt)
         (result,) = self.run(self.manager.answer([Clear(tenant)]))
-        assert isinstance(result, Done)
+        is_away = self.host.store is not None and not self.host.store.is_available
+        assert isinstance(result, Refused if is_away else Done)
         # Their readers still read the tenant's own blocks, which nobody else finds any more.
         leased = {name for _, hashes, _ in self.leases.values() for name in hashes}
         for owner, hashes in PROMPTS:
             if salt in (None, owner):
                 self._check_gone(hashes, leased)
+                self.owed.update(hashes if is_away else ())
+                self._check_not_in_store(() if is_away else hashes)
+
+    @rule()
+    def lose_the_store(self) -> None:
+        if self.host.store is not None:
+            self.host.store.is_available = False
+
+    @rule()
+    def find_the_store(self) -> None:
+        """What has been cleared meanwhile goes from it, too; what it has missed follows."""
+        if self.host.store is not None and not self.host.store.is_available:
+            self.host.store.is_available = True
+            self.run(until(lambda: len(space_of(self.manager).clearing) == 0, "all clears are finished"))
+            self._check_not_in_store(self.owed)
+            self.owed.clear()
+
+    def _check_not_in_store(self, hashes: Iterable[SequenceHash]) -> None:
+        if self.host.store is not None:
+            assert not {key[1] for key in self.host.store.blocks}.intersection(hashes)
+            assert all(content == content_of(key[1]) for key, (content, _) in self.host.store.blocks.items())
 
     def _check_gone(self, hashes: list[SequenceHash], leased: set[SequenceHash]) -> None:
         space = space_of(self.manager)
         for name in hashes:
             assert name not in space.host.shelf
             assert space.disk is None or name not in space.disk.shelf
-            assert self.host.store is None or name not in {key[1] for key in self.host.store.blocks}
             if name not in leased:
                 rows = {row.tobytes() for row in self.host.memory.pool}
                 assert content_of(name) not in rows, "the bytes are gone, too"
@@ -189,7 +228,13 @@ class ManagerMachine(RuleBasedStateMachine):
         """The process dies; what it left is found again, but for what was torn."""
         self.run(space_of(self.manager).host.thread.run(lambda: None))
         memory, disk_memory = copy.deepcopy(self.host.memory), copy.deepcopy(self.host.disk_memory)
-        committed = {record.sequence_hash for slot, record in memory.records.items() if slot not in damaged}
+        assert self.host.journal is not None
+        cleared = {one.tenant for one in ClearJournal(self.host.journal).load()}
+        committed = {
+            record.sequence_hash
+            for slot, record in memory.records.items()
+            if slot not in damaged and not cleared & {record.tenant, None}
+        }
         self.run(self.manager.stop(is_kept=True))
         for slot in damaged:
             memory.pool[slot] = np.frombuffer(b"torn" * 16, dtype=np.uint8)
@@ -197,7 +242,10 @@ class ManagerMachine(RuleBasedStateMachine):
         self.start()
         space = space_of(self.manager)
         self.run(space.host.verify(list(space.host.shelf.names())))
-        assert committed <= set(space.host.shelf.names())
+        stats = self.run(self.manager.answer([GetStats()]))[0]
+        assert isinstance(stats, Stats)
+        num_evicted = stats.values.get('kelp_kv_tier_removed_total{reason="evicted",tier="host"}', 0)
+        assert len(committed.difference(space.host.shelf.names())) <= num_evicted, "for what is still to be written"
 
     @invariant()
     def everything_holds(self) -> None:
@@ -223,10 +271,12 @@ class ManagerMachine(RuleBasedStateMachine):
             self.run(self.manager.stop())
             self.run(self.loop.shutdown_default_executor())
             self.loop.close()
+            self.patch.undo()
+            shutil.rmtree(self.folder)
 
 
 TestManager = ManagerMachine.TestCase
-TestManager.settings = settings(max_examples=50, stateful_step_count=25, deadline=None)
+TestManager.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
 
 
 @given(st.binary(max_size=200))

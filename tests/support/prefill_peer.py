@@ -15,9 +15,10 @@ import numpy as np
 
 from kelp.core.handoff_messages import HANDOFF_COMMAND, Acknowledge, Heartbeat, LeaseRenewed, PeerDescription
 from kelp.core.messages import Rendezvous
+from kelp.core.peer_auth import PeerToken, seal, unseal
 from kelp.core.types import KVLayout
 from kelp.core.wire import Message, decode_message, encode_message
-from kelp.kv.handoff.wire import ATTACH, DESCRIBE, SERVICE
+from kelp.kv.handoff.wire import ATTACH, DESCRIBE, DESCRIBE_PROOF, DESCRIPTION_PROOF, SERVICE, proof_scope
 from kelp.registry.base import LayoutRecord
 from kelp.transport.layout import describe_pool, pool_region
 from kelp.transport.nixl import NixlAgent
@@ -50,8 +51,9 @@ class PeerPool:
 class PrefillPeer:
     """See the module docstring."""
 
-    def __init__(self, description: bytes, script: Sequence[Message | bytes]) -> None:
+    def __init__(self, description: bytes, script: Sequence[Message | bytes], token: PeerToken | None) -> None:
         self._description = description
+        self._token = token
         self._script = [item if isinstance(item, bytes) else encode_message(item) for item in script]
         self.has_attached = asyncio.Event()
         self.has_gone = asyncio.Event()
@@ -62,8 +64,10 @@ class PrefillPeer:
     def rendezvous(self) -> Rendezvous:
         return Rendezvous(handoff_id=HANDOFF_ID, endpoint=self.endpoint, prefill_epoch=EPOCH)
 
-    async def describe(self, _request: bytes, _context: Any) -> bytes:
-        return self._description
+    async def describe(self, request: bytes, _context: Any) -> bytes:
+        scope = proof_scope(self.endpoint, EPOCH)
+        nonce = unseal(self._token, DESCRIBE_PROOF, scope, request)
+        return seal(self._token, DESCRIPTION_PROOF, scope, self._description, nonce)
 
     async def attach(self, _requests: Any, context: Any) -> None:
         try:
@@ -91,10 +95,10 @@ class PrefillPeer:
 
 @contextlib.asynccontextmanager
 async def open_prefill_peer(
-    description: PeerDescription | bytes, script: Sequence[Message | bytes] = ()
+    description: PeerDescription | bytes, script: Sequence[Message | bytes] = (), token: PeerToken | None = None
 ) -> AsyncIterator[PrefillPeer]:
     """A peer that listens."""
-    peer = PrefillPeer(description if isinstance(description, bytes) else encode_message(description), script)
+    peer = PrefillPeer(description if isinstance(description, bytes) else encode_message(description), script, token)
     server = grpc.aio.server()
     methods = {
         DESCRIBE: grpc.unary_unary_rpc_method_handler(peer.describe),

@@ -24,9 +24,10 @@ import psutil
 
 from kelp.client.base import WorkerAddress
 from kelp.client.grpc import GrpcWorkerClient
-from kelp.core.config import CONFIG_ENV
+from kelp.core.config import CONFIG_ENV, load_config
 from kelp.core.errors import ConfigError
 from kelp.core.messages import WorkerStatus
+from kelp.core.peer_auth import PeerToken, load_token
 from kelp.registry.base import WorkerRecord
 from kelp.registry.directory import DirectoryRegistry
 from kelp.supervisor import run_state
@@ -166,6 +167,11 @@ class KelpServer:
     @property
     def registry_folder(self) -> Path:
         return self.run_folder / "registry"
+
+    @property
+    def peer_token(self) -> PeerToken | None:
+        """What its processes know each other by."""
+        return load_token(load_config(path=self.run_folder / "kelp.yaml").peers)
 
     @property
     def pid(self) -> int:

@@ -9,13 +9,25 @@ import socket
 from kelp.core.clock import SystemClock
 from kelp.core.config import KelpConfig
 from kelp.core.errors import ConfigError
-from kelp.core.kv_manager_messages import SpaceRecord
+from kelp.core.kv_manager_messages import GetStats, SpaceRecord, decode_operations
 from kelp.core.metrics import Metrics
+from kelp.core.peer_auth import (
+    KV_OPERATIONS_PROOF,
+    KV_RESULTS_PROOF,
+    MAX_OPEN_BYTES,
+    SEAL,
+    PeerToken,
+    proof_in,
+    seal,
+    token_of_server,
+    unseal,
+)
 from kelp.kv.eviction.catalogue import make_policy
 from kelp.kv.manager.parts import ManagerParts, Tiers
 from kelp.kv.manager.service import KvBlockManager
 from kelp.kv.tiers.arena import FileArena, open_arena
 from kelp.kv.tiers.base import DiskTier, ObjectTier
+from kelp.kv.tiers.clears import JOURNAL_NAME, ClearJournal
 from kelp.kv.tiers.disk import open_disk_tier
 from kelp.kv.tiers.keys import load_key, open_sealer
 from kelp.kv.tiers.objects.messages import ArenaMap
@@ -38,8 +50,9 @@ class KvManagerAssembly:
         self._config = config
         self._endpoint = endpoint
         self._model_name = model_name
-        self._manager = build_kv_manager(config, f"{endpoint}/{model_name}", metrics)
-        directory = KvManagerDirectory(config.registry.path, config.registry.expiry_s)
+        self._token = token_of_server(config.peers, "KV block manager")
+        self._manager = build_kv_manager(config, f"{endpoint}/{model_name}", metrics, self._token)
+        directory = KvManagerDirectory(config.registry.path, config.registry.expiry_s, token=self._token)
         directory.sweep()
 
         def remove(record: KvManagerRecord) -> None:
@@ -59,11 +72,22 @@ class KvManagerAssembly:
 
         Raises:
             ConfigError: The configuration says that there shall be no manager.
+            PeerRefused: They change something, or are many, and do not prove that a peer sent them.
             ProtocolError: See `KvBlockManager.handle`.
         """
         if not self._config.kv_manager.enabled:
             raise ConfigError("kv_manager.enabled: false: there is no KV block manager here")
-        return await self._manager.handle(operations)
+        if self._is_open(operations):
+            return await self._manager.handle(operations)
+        scope = (f"{self._endpoint}/{self._model_name}", self._manager.epoch)
+        results = await self._manager.handle(unseal(self._token, KV_OPERATIONS_PROOF, scope, operations))
+        return seal(self._token, KV_RESULTS_PROOF, scope, results, proof_in(operations))
+
+    def _is_open(self, raw: bytes) -> bool:
+        """Whether it is a small question for counts, which anybody may ask."""
+        if self._token is None or len(raw) > MAX_OPEN_BYTES or raw.startswith(SEAL):
+            return False
+        return all(isinstance(operation, GetStats) for operation in decode_operations(raw))
 
     async def stop(self) -> None:
         """Leave the registry, then let go of everything; what is on disk stays."""
@@ -85,10 +109,11 @@ class KvManagerAssembly:
             events_endpoint="" if events is None else events.endpoint,
             replay_endpoint="" if events is None else events.replay_endpoint,
             shares_objects=bool(self._config.object_tier.bucket),
+            asks_token=self._token is not None,
         )
 
 
-def build_kv_manager(config: KelpConfig, name: str, metrics: Metrics) -> KvBlockManager:
+def build_kv_manager(config: KelpConfig, name: str, metrics: Metrics, token: PeerToken | None = None) -> KvBlockManager:
     """The manager alone; opens nothing before the first worker joins."""
 
     def open_tiers(space: SpaceRecord, block_bytes: int) -> Tiers:
@@ -101,6 +126,7 @@ def build_kv_manager(config: KelpConfig, name: str, metrics: Metrics) -> KvBlock
         config=config,
         clock=SystemClock(),
         metrics=metrics,
+        token=token,
     )
     return KvBlockManager(parts)
 
@@ -110,13 +136,15 @@ def _open_tiers(config: KelpConfig, space: SpaceRecord, block_bytes: int) -> Tie
     with contextlib.ExitStack() as undo:
         undo.callback(arena.close, is_kept=True)
         disk: DiskTier | None = None
+        # With the slot files, which outlive the host tier, if there are any.
+        journal = arena.path.with_name(f"{JOURNAL_NAME}-{arena.path.name}")
         if config.disk_tier.path is not None:
             opened = open_disk_tier(config.disk_tier, space, arena, open_sealer(config.disk_tier, space, block_bytes))
             undo.callback(opened.close)
-            disk = opened
+            disk, journal = opened, opened.path / JOURNAL_NAME
         objects = _open_objects(config, space, arena) if config.object_tier.bucket else None
         undo.pop_all()
-    return Tiers(arena, disk, objects)
+    return Tiers(arena, disk, objects, ClearJournal(journal))
 
 
 def _open_objects(config: KelpConfig, space: SpaceRecord, arena: FileArena) -> ObjectTier:

@@ -14,9 +14,10 @@ from kelp.core.clock import SystemClock
 from kelp.core.config import KelpConfig
 from kelp.core.metrics import Metrics
 from kelp.core.outbox import Outbox
+from kelp.core.peer_auth import PeerToken, token_of_server
 from kelp.registry.directory import DirectoryRegistry, KvManagerDirectory, RouterDirectory
 from kelp.registry.view import RecordsView, RegistryView
-from kelp.router.attempt import AttemptParts
+from kelp.router.attempt import AttemptParts, Patience
 from kelp.router.relay import RelayItem
 from kelp.router.service import Preprocess, RouterParts, RouterService, StreamCloser
 from kelp.router.stack import Registries, RoutingStack
@@ -43,29 +44,29 @@ class ModelText:
         return StopWords(words)
 
 
-def build_client(config: KelpConfig) -> WorkerClient:
+def build_client(config: KelpConfig, token: PeerToken | None) -> WorkerClient:
     """Connections to workers; made on the event loop that uses them."""
-    triton = GrpcWorkerClient()
-    return ShortestWay(Dialling(), triton) if config.direct.enabled else triton
+    triton = GrpcWorkerClient(token)
+    return ShortestWay(Dialling(token), triton) if config.direct.enabled else triton
 
 
 class RouterAssembly:
     """The router with everything that runs beside it; made and used on one event loop."""
 
     def __init__(self, config: KelpConfig, router_id: str, preprocess: Preprocess, metrics: Metrics) -> None:
-        clock = SystemClock()
+        clock, token = SystemClock(), token_of_server(config.peers, "router")
         folder, expiry_s = config.registry.path, config.registry.expiry_s
-        routers = RouterDirectory(folder, expiry_s)
+        routers = RouterDirectory(folder, expiry_s, token=token)
         routers.sweep()
         refresh_s = config.registry.heartbeat_s / _VIEW_REFRESHES_PER_HEARTBEAT
-        view = RegistryView(DirectoryRegistry(folder, expiry_s), refresh_s)
-        managers = RecordsView(KvManagerDirectory(folder, expiry_s).snapshot, refresh_s)
-        self._stack = RoutingStack(config, router_id, Registries(view, managers, routers), clock, metrics)
-        self._client = build_client(config)
+        view = RegistryView(DirectoryRegistry(folder, expiry_s, token=token), refresh_s)
+        managers = RecordsView(KvManagerDirectory(folder, expiry_s, token=token).snapshot, refresh_s)
+        self._stack = RoutingStack(config, router_id, Registries(view, managers, routers), clock, metrics, token)
+        self._client = build_client(config, token)
         self._closer = StreamCloser()
         self._outbox: Outbox[RelayItem] = Outbox("kelp-relay")
         self._cancel_watch = CancelWatch(config.router.cancel_poll_s)
-        attempts = AttemptParts(self._client, view, clock, config.router.idle_timeout_s, self._closer.retire)
+        attempts = AttemptParts(self._client, view, clock, Patience.of(config.router), self._closer.retire)
         parts = RouterParts(
             preprocess=preprocess,
             text=ModelText(config.model.path),

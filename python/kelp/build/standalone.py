@@ -10,6 +10,7 @@ from kelp.core.clock import SystemClock
 from kelp.core.config import KelpConfig
 from kelp.core.errors import NotFound
 from kelp.core.metrics import Metrics
+from kelp.core.peer_auth import token_of_server
 from kelp.core.types import Tier
 from kelp.registry.base import KvManagerRecord
 from kelp.registry.directory import DirectoryRegistry, KvManagerDirectory, RouterDirectory
@@ -35,18 +36,18 @@ def build_router_server(config: KelpConfig, name: str) -> RouterServer:
         config: As for the `llm` model; workers are found in its registry, and may register themselves.
         name: Tells this router from others of the same workers on this host.
     """
-    clock, metrics = SystemClock(), Metrics()
+    clock, metrics, token = SystemClock(), Metrics(), token_of_server(config.peers, "router")
     folder, expiry_s = config.registry.path, config.registry.expiry_s
     registered = MemoryRegistry(expiry_s, clock)
     registered_managers: MemoryRecords[KvManagerRecord] = MemoryRecords(expiry_s, clock)
-    routers = RouterDirectory(folder, expiry_s)
+    routers = RouterDirectory(folder, expiry_s, token=token)
     routers.sweep()
     refresh_s = config.registry.heartbeat_s / _VIEW_REFRESHES_PER_HEARTBEAT
-    view = RegistryView(JoinedRegistry(registered, DirectoryRegistry(folder, expiry_s)), refresh_s)
-    all_managers = JoinedRecords(registered_managers, KvManagerDirectory(folder, expiry_s))
+    view = RegistryView(JoinedRegistry(registered, DirectoryRegistry(folder, expiry_s, token=token)), refresh_s)
+    all_managers = JoinedRecords(registered_managers, KvManagerDirectory(folder, expiry_s, token=token))
     managers = RecordsView(all_managers.snapshot, refresh_s)
     registries = Registries(view, managers, routers)
-    stack = RoutingStack(config, f"{socket.gethostname()}/{name}", registries, clock, metrics)
+    stack = RoutingStack(config, f"{socket.gethostname()}/{name}", registries, clock, metrics, token)
     routing = config.routing
     reservations = Reservations(stack.ledger, clock, routing.reservation_ttl_s, routing.lease_ttl_s)
     parts = ApiParts(

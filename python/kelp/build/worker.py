@@ -8,6 +8,7 @@ from dataclasses import replace
 from kelp.core.clock import SystemClock
 from kelp.core.config import KelpConfig
 from kelp.core.metrics import Metrics
+from kelp.core.peer_auth import PeerToken, token_of_server
 from kelp.executor.base import TieredExecutor
 from kelp.kv.events import EventPublisher
 from kelp.kv.handoff import HandoffReader, HandoffServer
@@ -42,26 +43,34 @@ def build_worker(identity: WorkerIdentity, config: KelpConfig, metrics: Metrics)
     region = pool_region(layout, memory.base_address, memory.device)
     agent.register(region, memory.owner)
     description = describe_pool(agent, layout, region, identity.worker_id, identity.epoch)
-    clock = SystemClock()
-    registry = DirectoryRegistry(config.registry.path, config.registry.expiry_s)
+    clock, token = SystemClock(), token_of_server(config.peers, "worker")
+    registry = DirectoryRegistry(config.registry.path, config.registry.expiry_s, token=token)
     registry.sweep()
-    events = EventPublisher(identity.epoch, layout.block_size, config.events, clock) if config.events.enabled else None
+    events = None
+    if config.events.enabled:
+        events = EventPublisher(identity.epoch, layout.block_size, config.events, clock, token)
     parts = WorkerParts(
         executor=executor,
-        handoffs=HandoffServer(description, config.handoff, clock),
-        reader=HandoffReader(agent, layout, config.handoff, clock),
+        handoffs=HandoffServer(description, config.handoff, clock, token=token),
+        reader=HandoffReader(agent, layout, config.handoff, clock, token),
         agent=agent,
         registry=registry,
         clock=clock,
         metrics=metrics,
         events=events,
-        tiers=_tiers(identity, config, executor, agent, metrics) if config.kv_manager.enabled else None,
+        tiers=_tiers(identity, config, executor, agent, metrics, token) if config.kv_manager.enabled else None,
+        token=token,
     )
     return WorkerService(identity, parts, config)
 
 
 def _tiers(
-    identity: WorkerIdentity, config: KelpConfig, executor: TieredExecutor, agent: Agent, metrics: Metrics
+    identity: WorkerIdentity,
+    config: KelpConfig,
+    executor: TieredExecutor,
+    agent: Agent,
+    metrics: Metrics,
+    token: PeerToken | None,
 ) -> WorkerTiers:
     # Here, because a worker without lower tiers need not pay for it: tritonclient takes a while to import.
     from kelp.client.grpc.kv_manager import GrpcKvManagerClient
@@ -71,8 +80,8 @@ def _tiers(
         name=identity.model_name,
         executor=executor,
         agent=agent,
-        client=GrpcKvManagerClient(),
-        managers=KvManagerDirectory(config.registry.path, config.registry.expiry_s).snapshot,
+        client=GrpcKvManagerClient(token),
+        managers=KvManagerDirectory(config.registry.path, config.registry.expiry_s, token=token).snapshot,
         clock=SystemClock(),
         metrics=metrics,
         config=config,

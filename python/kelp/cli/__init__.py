@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import typer
 
-from kelp.cli import eviction, machine, router, serving, sim
+from kelp.cli import chaos, eviction, kv, machine, router, serving, sim
 from kelp.core.errors import KelpError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
@@ -16,11 +16,14 @@ _sim = typer.Typer(invoke_without_command=True)
 _sim.callback()(sim.sim_command)
 _sim.command("evict")(eviction.evict_command)
 app.command("serve")(serving.serve_command)
+app.command("supervise")(serving.supervise)
 app.command("scale")(serving.scale)
 app.command("drain")(serving.drain)
 app.command("router")(router.router_command)
 app.command("doctor")(machine.doctor_command)
+app.add_typer(kv.kv_app, name="kv")
 app.add_typer(_sim, name="sim")
+app.command("chaos")(chaos.chaos_command)
 app.command("version")(machine.version)
 
 

@@ -15,7 +15,7 @@ def doctor_command(config: ConfigFile = None) -> None:
     """Print the effective configuration and what is missing on this machine."""
     print(yaml.safe_dump(load_config(path=config).model_dump(mode="json"), sort_keys=False))
     is_fine = True
-    for finding in doctor.examine():
+    for finding in doctor.examine(config):
         print(f"{'ok  ' if finding.is_fine else 'LACK'}  {finding.subject}: {finding.detail}")
         is_fine = is_fine and finding.is_fine
     raise typer.Exit(0 if is_fine else 1)

@@ -1,4 +1,4 @@
-"""`kelp serve`, `scale` and `drain`: a Triton server and its workers."""
+"""`kelp serve`, `supervise`, `scale` and `drain`: a Triton server and its workers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import typer
 from kelp.cli.options import ConfigFile, GrpcPort, effective_config, sayer
 from kelp.core.config import KelpConfig
 from kelp.core.errors import ConfigError, KelpError
+from kelp.core.peer_auth import make_token_file, read_secret
 from kelp.supervisor import preflight, serve
 from kelp.supervisor.kv_manager import arena_folder_of
 from kelp.supervisor.model import prepare_model
@@ -19,6 +20,7 @@ from kelp.supervisor.plan import ServeOptions
 from kelp.supervisor.ports import own_address
 from kelp.supervisor.scale import Fleet
 from kelp.supervisor.server import Launch
+from kelp.supervisor.supervise import Supervision
 from kelp.supervisor.triton import find_triton, link_python_backend
 
 
@@ -44,9 +46,10 @@ def repository_root() -> Path:
 def _for_run(
     config: KelpConfig, mode: Mode, num_workers: int, run_folder: Path, listening: tuple[str, int]
 ) -> KelpConfig:
-    """The run's own registry, and what depends on the number of workers and the address."""
+    """The run's own registry and token, and what depends on the number of workers and the address."""
     defaults, address, grpc_port = KelpConfig(), own_address(listening[0]), listening[1]
     changes: dict[str, dict[str, object]] = {
+        "peers": {"token_file": _token_file(config, run_folder)},
         "registry": {"path": run_folder / "registry"},
         "server": {"workers_on_host": num_workers},
     }
@@ -60,6 +63,16 @@ def _for_run(
         changes["router"] = {"disaggregation": "never"}
     groups = {name: getattr(config, name).model_copy(update=update) for name, update in changes.items()}
     return config.model_copy(update=groups)
+
+
+def _token_file(config: KelpConfig, run_folder: Path) -> Path:
+    """Of the user's token, which must be of use, or else of one that is the run's own."""
+    given = config.peers.token_file
+    if given is None:
+        given = run_folder / "peer-token"
+        make_token_file(given)
+    read_secret(given)
+    return given.resolve()
 
 
 def _ready_text(options: ServeOptions, mode: Mode) -> str:
@@ -135,6 +148,17 @@ def serve_command(
     launch = Launch(triton.binary, environment, root / "model_repository", root / "backends", run_folder)
     serve.Serving(options, launch, say).run(on_ready=lambda: print(_ready_text(options, mode), flush=True))
     serve.remove_run_folder(run_folder)
+
+
+def supervise(
+    grpc_port: GrpcPort = 8001,
+    host: Annotated[str, typer.Option(help="Address of this host at which the server listens.")] = "127.0.0.1",
+    config: ConfigFile = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="Any field: group.field=value.")] = None,
+) -> None:
+    """Load models of a running tritonserver again when their processes die; for servers without `kelp serve`."""
+    rules = effective_config(config, {}, [], settings or []).supervision
+    Supervision(f"{host}:{grpc_port}", rules, sayer()).run()
 
 
 def scale(

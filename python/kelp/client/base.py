@@ -88,6 +88,9 @@ class WorkerClient(Protocol):
             KelpError: The worker's typed error, or WorkerLost when the connection broke.
         """
 
+    def has_gone(self, address: WorkerAddress) -> bool:
+        """Whether this incarnation is known to have ended; False: perhaps."""
+
     async def close(self) -> None:
         """Close all connections."""
 

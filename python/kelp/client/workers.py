@@ -39,6 +39,10 @@ class ShortestWay:
             return await self._triton.control(address, command)
         return await connection.control(command or StatusCommand())
 
+    def has_gone(self, address: WorkerAddress) -> bool:
+        """See `WorkerClient`."""
+        return self._direct.has_gone(address)
+
     async def close(self) -> None:
         """See `WorkerClient`."""
         await self._direct.close()

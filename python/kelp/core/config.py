@@ -18,9 +18,12 @@ from pydantic import Field, ValidationError
 
 from kelp.core.config_kv import DiskTierConfig, KvManagerConfig, ObjectTierConfig, OffloadConfig
 from kelp.core.config_kv import EventsConfig as EventsConfig
+from kelp.core.config_peers import PeersConfig
 from kelp.core.config_replicas import DirectConfig, QueueConfig, ReplicasConfig
+from kelp.core.config_resilience import DrainConfig, WatchdogConfig
 from kelp.core.config_routing import PolicyName as PolicyName
 from kelp.core.config_routing import RoutingConfig as RoutingConfig
+from kelp.core.config_supervision import SupervisionConfig
 from kelp.core.config_values import Group as _Group
 from kelp.core.config_values import Positive as _Positive
 from kelp.core.errors import ConfigError
@@ -126,6 +129,8 @@ class MockConfig(_Group):
     """Tokens that a decoding sequence gains in a step: one, and drafts that are always right."""
     timing: MockTimingConfig = MockTimingConfig()
     """The worker that is played."""
+    fatal_token_id: Annotated[int, Field(ge=-1)] = -1
+    """Computing this token kills the worker's process, as an engine's crash would; -1 for none."""
 
 
 class HandoffConfig(_Group):
@@ -154,6 +159,14 @@ class RouterConfig(_Group):
     """Deadline of requests without `deadline_ms`."""
     idle_timeout_s: _Positive = 60.0
     """A worker stream silent for this long counts as lost."""
+    first_token_timeout_s: _Positive = 300.0
+    """A worker that shows signs of life, but not the first token for this long, is left for another one."""
+    next_token_timeout_s: _Positive = 120.0
+    """The same between tokens."""
+    max_migrations: Annotated[int, Field(ge=0, le=16)] = 3
+    """How often a sequence goes on at another worker, or tries the same one again, before it fails."""
+    recovery_wait_s: Annotated[float, Field(ge=0)] = 15.0
+    """How long an answer that has begun waits for a worker when none is left: a supervisor may be restarting one."""
     max_prefill_retries: Annotated[int, Field(ge=0, le=10)] = 1
     """Other prefill workers tried before the decode worker computes the prompt itself."""
     max_request_bytes: Annotated[int, Field(ge=1024)] = 8 * 1024 * 1024
@@ -202,6 +215,9 @@ class KelpConfig(_Group):
     mock: MockConfig = MockConfig()
     handoff: HandoffConfig = HandoffConfig()
     direct: DirectConfig = DirectConfig()
+    drain: DrainConfig = DrainConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
+    supervision: SupervisionConfig = SupervisionConfig()
     router: RouterConfig = RouterConfig()
     routing: RoutingConfig = RoutingConfig()
     queue: QueueConfig = QueueConfig()
@@ -213,6 +229,7 @@ class KelpConfig(_Group):
     offload: OffloadConfig = OffloadConfig()
     registry: RegistryConfig = RegistryConfig()
     server: ServerConfig = ServerConfig()
+    peers: PeersConfig = PeersConfig()
 
 
 def _nest(parameters: Mapping[str, str]) -> dict[str, Any]:

@@ -95,7 +95,7 @@ class DiskTierConfig(Group):
     min_offers: Annotated[int, Field(ge=1, le=1000)] = 1
     """A block is written when it has been offered this often; above 1 spares the SSD what is never asked for again."""
     max_write_bytes_per_s: _Bytes = 0
-    """Bound on what is written, for the SSD's life; 0 for none. Blocks beyond it are not kept here."""
+    """Bound on what is written, for the SSD's life; 0 for none. Blocks beyond it wait, in a bounded queue."""
     direct_io: Literal["auto", "always", "never"] = "auto"
     """O_DIRECT: `auto` where the file system has it."""
     key_file: Path | None = None

@@ -16,6 +16,8 @@ class QueueConfig(Group):
     """Requests that may wait; further ones are refused with KELP_OVERLOADED. 0 sends everything to workers at once."""
     ageing_s: Positive = 10.0
     """A request that has waited this long gets every second place, whatever the others' priority and slack."""
+    refuse_late: bool = True
+    """Refuse a request at once if its answer is predicted to miss its deadline, though a worker would take it."""
     running_factor: Annotated[float, Field(gt=0)] = 1.0
     """A worker is full with this many requests per sequence that it runs at once (its `max_running`)."""
     kv_factor: Annotated[float, Field(gt=0)] = 2.0

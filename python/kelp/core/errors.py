@@ -12,6 +12,13 @@
     │   ├── RetryableTransferError
     │   └── FatalTransferError
     ├── WorkerLost
+    │   ├── PeerRefused
+    │   ├── WorkerDied
+    │   ├── WorkerDraining
+    │   └── WorkerStuck
+    ├── EngineFailed
+    ├── MigrationsExceeded
+    ├── PoisonRequest
     ├── RequestCancelled
     ├── DeadlineExceeded
     ├── ProtocolError
@@ -137,13 +144,67 @@ class FatalTransferError(TransferError):
 
 
 class WorkerLost(KelpError):
-    """A worker died, stopped answering or is draining."""
+    """A worker died or stopped answering."""
 
     code = "WORKER_LOST"
     http_status = 503
     grpc_status = "UNAVAILABLE"
     triton_code = "UNAVAILABLE"
     is_retryable = True
+
+
+class WorkerDied(WorkerLost):
+    """A worker's process ended while it had requests; to clients it is a lost worker like any other."""
+
+
+class WorkerDraining(WorkerLost):
+    """A worker leaves on purpose: it takes no new requests, and gives up those that still run."""
+
+    code = "WORKER_DRAINING"
+
+
+class WorkerStuck(WorkerLost):
+    """A worker lives, but its engine or one of its requests does not get on."""
+
+    code = "WORKER_STUCK"
+
+
+class EngineFailed(KelpError):
+    """A step of a worker's engine failed, and with it all requests that the engine had; the worker serves on."""
+
+    code = "ENGINE_FAILED"
+    http_status = 503
+    grpc_status = "UNAVAILABLE"
+    triton_code = "UNAVAILABLE"
+    is_retryable = True
+
+
+class MigrationsExceeded(KelpError):
+    """The request failed on one worker after the other, `router.max_migrations` times and once more."""
+
+    code = "MIGRATIONS_EXCEEDED"
+    http_status = 503
+    grpc_status = "UNAVAILABLE"
+    triton_code = "UNAVAILABLE"
+    is_retryable = True
+
+
+class PeerRefused(WorkerLost):
+    """The other process does not know this deployment's token, or another incarnation was meant."""
+
+    code = "PEER_REFUSED"
+
+
+class PoisonRequest(KelpError):
+    """The processes of several workers ended because of this request, it seems, so no other one gets it.
+
+    Refused like a bad request, because clients repeat by themselves what looks like a failure of the server.
+    """
+
+    code = "POISON_REQUEST"
+    http_status = 400
+    grpc_status = "INVALID_ARGUMENT"
+    triton_code = "INVALID_ARG"
 
 
 class RequestCancelled(KelpError):

@@ -189,9 +189,16 @@ class Pin(_Operation, frozen=True):
 
 
 class Clear(_Operation, frozen=True):
-    """Really remove a tenant's blocks from every tier (also other hosts' in the object store); None: everybody's."""
+    """Really remove a tenant's blocks (also other hosts' in the object store); None: everybody's.
+
+    What an unreachable object store keeps is refused, and done later: also by the next manager if this one dies.
+
+    Attributes:
+        tiers: From these alone; empty for all.
+    """
 
     tenant: Digest | None
+    tiers: Annotated[tuple[Tier, ...], Meta(max_length=len(Tier))] = ()
 
 
 class GetStats(_Operation, frozen=True):

@@ -11,6 +11,9 @@ from kelp.core.guide_spec import GuideSpec
 from kelp.core.types import FinishReason, Role, Tier
 from kelp.core.wire import Count, LoraDigest, Message, Name, Nanoseconds, TokenId
 
+MAX_WORDS = 65536
+"""Stop tokens, bad words, and tokens of one bad word; clients may name far fewer (`router.max_stop_words`)."""
+
 
 class SamplingParams(Message):
     """How to choose tokens; already validated against the client-facing limits by `preprocess`.
@@ -29,8 +32,10 @@ class SamplingParams(Message):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
-    stop_token_ids: tuple[TokenId, ...] = ()
-    bad_words_ids: tuple[tuple[TokenId, ...], ...] = ()
+    stop_token_ids: Annotated[tuple[TokenId, ...], Field(max_length=MAX_WORDS)] = ()
+    bad_words_ids: Annotated[
+        tuple[Annotated[tuple[TokenId, ...], Field(max_length=MAX_WORDS)], ...], Field(max_length=MAX_WORDS)
+    ] = ()
     ignore_eos: bool = False
     guide: GuideSpec | None = None
 

@@ -96,8 +96,9 @@ OFFLOAD_BLOCKS = MetricFamily("kelp_offload_blocks_total", "counter", "Blocks of
 ONBOARD_REQUESTS = MetricFamily("kelp_onboard_requests_total", "counter", "Prompts asked for below, by outcome")
 ONBOARD_BLOCKS = MetricFamily("kelp_onboard_blocks_total", "counter", "Blocks found below for prompts, by outcome")
 ONBOARDED_BLOCKS = MetricFamily("kelp_onboarded_blocks_total", "counter", "Prompt blocks that came from lower tiers")
+MODEL_RESTARTS = MetricFamily("kelp_model_restarts", "gauge", "How often the model was loaded again after its death")
 FAMILIES = (
-    REQUESTS, TTFT, ITL, PHASE, OUTPUT_TOKENS, PROMPT_TOKENS, CACHED_TOKENS, RESPONSES, RETRIES,
+    MODEL_RESTARTS, REQUESTS, TTFT, ITL, PHASE, OUTPUT_TOKENS, PROMPT_TOKENS, CACHED_TOKENS, RESPONSES, RETRIES,
     TRANSFERRED_BLOCKS, DRAFT_TOKENS, ACCEPTED_TOKENS, BLOCKS, LEASES, RUNNING,
     DECISIONS, PROMPT_BLOCKS, PREDICTED_BLOCKS, PREDICTED_TIER_BLOCKS, ONBOARDED_TIER_BLOCKS, TTFT_RATIO,
     QUEUE_LENGTH, QUEUE_WAIT, STALE_ROUTERS, KNOWN_ROUTERS,

@@ -38,10 +38,14 @@ class Role(str, enum.Enum):
 
 
 class WorkerState(str, enum.Enum):
-    """Where a worker is in its life; only `READY` receives new requests."""
+    """Where a worker is in its life; only `READY` receives new requests.
+
+    `STUCK`: it answers, but its engine does not get on; it may become `READY` again, or has to be restarted.
+    """
 
     STARTING = "starting"
     READY = "ready"
+    STUCK = "stuck"
     DRAINING = "draining"
     GONE = "gone"
 

@@ -66,6 +66,8 @@ class ExecutorLoad:
         num_preemptions: Since the start, like the next two.
         num_draft_tokens: Guesses at what sequences say next that were verified.
         num_accepted_tokens: Those of them that made a step yield a token more.
+        step_s: How long the step that is under way has taken so far; 0 between steps, infinite once the engine's thread
+            has died.
     """
 
     num_running: int
@@ -75,6 +77,7 @@ class ExecutorLoad:
     num_preemptions: int
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
+    step_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,6 +91,7 @@ class WorkerRecord(StampedRecord):
         max_running: Sequences that run at once; 0 if unknown.
         kv_manager_id: The block manager that keeps this worker's lower tiers; empty for none.
         tags: Where the worker stands, `zone` and `rack` for example; requests may require or prefer values.
+        asks_token: Its event sockets serve those who know the peers' token (docs/security.md).
     """
 
     worker_id: _Name
@@ -109,6 +110,7 @@ class WorkerRecord(StampedRecord):
     max_step_tokens: _Count = 0
     max_running: _Count = 0
     tags: Annotated[dict[_Name, _Name], Field(max_length=16)] = {}
+    asks_token: bool = False
     num_running: _Count = 0
     num_waiting: _Count = 0
     num_free_blocks: _Count = 0
@@ -146,6 +148,7 @@ class KvManagerRecord(StampedRecord):
         events_endpoint: `host:port` of the ZMQ PUB socket with its KV events (tiers host, disk and object).
         replay_endpoint: `host:port` of the ZMQ ROUTER socket that repeats missed events and gives snapshots.
         shares_objects: It finds blocks in an object store that other hosts have put there, before its events tell.
+        asks_token: Its event sockets serve those who know the peers' token (docs/security.md).
     """
 
     manager_id: _Name
@@ -156,6 +159,7 @@ class KvManagerRecord(StampedRecord):
     events_endpoint: _EndpointOrNone = ""
     replay_endpoint: _EndpointOrNone = ""
     shares_objects: bool = False
+    asks_token: bool = False
 
     @property
     def key(self) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """Registries of one host: a directory with one JSON file per worker, router and KV block manager.
 
-A record whose heartbeat is older than `expiry_s` is dead; a starting worker or router sweeps such files away.
+A record whose heartbeat is older than `expiry_s` is dead; a starting worker or router sweeps such files away. With a
+token, records that no peer wrote do not count (`registry.record_folder`).
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kelp.core.clock import Clock, SystemClock
+from kelp.core.peer_auth import PeerToken
 from kelp.registry.base import (
     KV_MANAGER_RECORD,
     ROUTER_RECORD,
@@ -26,8 +28,10 @@ _KV_MANAGER_SUFFIX = ".kv-manager.json"
 class DirectoryRegistry:
     """See the module docstring; implements `registry.base.Registry`."""
 
-    def __init__(self, folder: Path, expiry_s: float, clock: Clock | None = None) -> None:
-        self._records = RecordFolder(folder, _WORKER_SUFFIX, WORKER_RECORD, expiry_s, clock or SystemClock())
+    def __init__(
+        self, folder: Path, expiry_s: float, clock: Clock | None = None, token: PeerToken | None = None
+    ) -> None:
+        self._records = RecordFolder(folder, _WORKER_SUFFIX, WORKER_RECORD, expiry_s, clock or SystemClock(), token)
 
     def publish(self, record: WorkerRecord) -> None:
         """See `Registry`; stamps the heartbeat."""
@@ -51,12 +55,19 @@ class DirectoryRegistry:
 class RouterDirectory:
     """Routers in the same directory; implements `registry.base.RouterRegistry`."""
 
-    def __init__(self, folder: Path, expiry_s: float, clock: Clock | None = None) -> None:
-        self._records = RecordFolder(folder, _ROUTER_SUFFIX, ROUTER_RECORD, expiry_s, clock or SystemClock())
+    def __init__(
+        self, folder: Path, expiry_s: float, clock: Clock | None = None, token: PeerToken | None = None
+    ) -> None:
+        self._records = RecordFolder(folder, _ROUTER_SUFFIX, ROUTER_RECORD, expiry_s, clock or SystemClock(), token)
 
     def publish(self, record: RouterRecord) -> None:
-        """See `RouterRegistry`; stamps the heartbeat."""
-        self._records.write(record.router_id, record)
+        """See `RouterRegistry`; stamps the heartbeat. Leaves a later incarnation's record as long as that lives.
+
+        A router that is loaded again runs beside its successor until its last request has ended.
+        """
+        live = self._records.live()
+        if not any(other.router_id == record.router_id and other.epoch > record.epoch for other in live):
+            self._records.write(record.router_id, record)
 
     def withdraw(self, router_id: str, epoch: int) -> None:
         """See `RouterRegistry`."""
@@ -76,8 +87,12 @@ class RouterDirectory:
 class KvManagerDirectory:
     """KV block managers in the same directory."""
 
-    def __init__(self, folder: Path, expiry_s: float, clock: Clock | None = None) -> None:
-        self._records = RecordFolder(folder, _KV_MANAGER_SUFFIX, KV_MANAGER_RECORD, expiry_s, clock or SystemClock())
+    def __init__(
+        self, folder: Path, expiry_s: float, clock: Clock | None = None, token: PeerToken | None = None
+    ) -> None:
+        self._records = RecordFolder(
+            folder, _KV_MANAGER_SUFFIX, KV_MANAGER_RECORD, expiry_s, clock or SystemClock(), token
+        )
 
     def publish(self, record: KvManagerRecord) -> None:
         """Create or renew a record; stamps the heartbeat.

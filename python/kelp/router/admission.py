@@ -20,7 +20,7 @@ from kelp.router.capacity import Capacity, Fullness
 from kelp.router.decision.request import RoutingRequest
 from kelp.router.decision.selector import Decision, Ended, Selector
 from kelp.router.ledger import Ledger
-from kelp.router.queue import Waiting, WaitingQueue
+from kelp.router.queue import Waiting, WaitingQueue, advice
 
 _MAX_TRIES = 8
 _POLL_S = 0.25
@@ -52,6 +52,7 @@ class Admission:
         self._selector = selector
         self._ledger = ledger
         self._capacity = capacity
+        self._refuses_late = config.refuse_late and config.max_waiting > 0
         self._clock = clock
         self._metrics = metrics
         self._queue = WaitingQueue(config.max_waiting, config.ageing_s)
@@ -77,12 +78,14 @@ class Admission:
         """
         self.wake()
         decision = expected
-        if self._has_full_worker(expected):
-            wanted = _Wanted(expected.request, avoid, allow_prefill, asyncio.get_running_loop().create_future())
-            elsewhere = self._elsewhere(wanted, self._capacity.full())
-            if elsewhere is None:
-                return await self._wait(wanted, self._latest_start_s(expected))
-            decision = elsewhere
+        if not expected.request.is_resumed:
+            if self._has_full_worker(expected):
+                wanted = _Wanted(expected.request, avoid, allow_prefill, asyncio.get_running_loop().create_future())
+                elsewhere = self._elsewhere(wanted, self._capacity.full())
+                if elsewhere is None:
+                    return await self._wait(wanted, expected)
+                decision = elsewhere
+            self._check_in_time(decision)
         self._ledger.reserve(decision)
         return decision
 
@@ -91,11 +94,16 @@ class Admission:
         while len(self._queue) and self._let_one_through():
             pass
 
-    async def _wait(self, wanted: _Wanted, latest_start_s: float) -> Decision:
-        name, since_s = wanted.request.request_id, self._clock.monotonic_s()
-        displaced = self._queue.push(Waiting(name, wanted.request.priority, latest_start_s, since_s))
+    async def _wait(self, wanted: _Wanted, expected: Decision) -> Decision:
+        request, since_s = wanted.request, self._clock.monotonic_s()
+        name, cost = request.request_id, request.num_prompt_tokens + self._num_expected_tokens(request)
+        latest_start_s = self._latest_start_s(expected)
+        displaced = self._queue.push(
+            Waiting(name, request.priority, latest_start_s, since_s, request.tenant, max(1.0, cost))
+        )
         if displaced is not None:
-            self._refuse(displaced, "a request of higher priority took its place in the queue")
+            whose = "of higher priority" if displaced.priority < request.priority else "of a tenant with fewer waiting"
+            self._refuse(displaced, f"a request {whose} took its place in the queue")
         self._wanted[name] = wanted
         self._watch()
         try:
@@ -109,12 +117,26 @@ class Admission:
             del self._wanted[name]
             self._metrics.observe(QUEUE_WAIT, self._clock.monotonic_s() - since_s)
 
+    def _num_expected_tokens(self, request: RoutingRequest) -> float:
+        return min(float(request.max_tokens), self._selector.lengths.usual)
+
     def _latest_start_s(self, expected: Decision) -> float:
-        """Before anything was measured, predictions are no reason to give up."""
+        """When it is too late to answer in time; before anything was measured, predictions are no reason to give up."""
         deadline_s = math.inf if expected.request.deadline_s is None else expected.request.deadline_s
         if expected.way is None or not self._selector.rates.is_measured:
             return deadline_s
-        return deadline_s - expected.way.ttft_s
+        num_intervals = max(0.0, self._num_expected_tokens(expected.request) - 1.0)
+        return deadline_s - expected.way.ttft_s - num_intervals * expected.way.itl_s
+
+    def _check_in_time(self, decision: Decision) -> None:
+        """An idle worker gets its request in any case: else nothing would ever show that a prediction is wrong.
+
+        Raises:
+            CapacityError: The answer is predicted to come too late.
+        """
+        late_s = self._clock.monotonic_s() - self._latest_start_s(decision) if self._refuses_late else 0.0
+        if late_s > 0 and not self._capacity.is_idle(decision.decode.key):
+            raise CapacityError(f"deadline_ms: missed by {late_s:.1f} s, as workers are busy; {advice(late_s)}")
 
     def _let_one_through(self) -> bool:
         now_s, full = self._clock.monotonic_s(), self._capacity.full()
@@ -141,7 +163,10 @@ class Admission:
 
     def _try(self, wanted: _Wanted, full: Fullness) -> Decision | None:
         try:
-            return self._elsewhere(wanted, full)
+            decision = self._elsewhere(wanted, full)
+            if decision is not None:
+                self._check_in_time(decision)
+            return decision
         except CapacityError as error:
             wanted.answer.set_exception(error)
             return None

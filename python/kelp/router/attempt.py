@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from kelp.client.base import WorkerAddress, WorkerClient, WorkerOutput, WorkerStream
 from kelp.core.clock import Clock
-from kelp.core.errors import InternalError, KelpError, ProtocolError, WorkerLost
+from kelp.core.config import RouterConfig
+from kelp.core.errors import InternalError, KelpError, ProtocolError, WorkerDied, WorkerLost, WorkerStuck
 from kelp.core.messages import Finished, GenerateCommand, Rendezvous
 from kelp.core.types import HandoffShape, Role
 from kelp.registry.base import WorkerRecord
@@ -27,18 +28,37 @@ _End = KelpError | None
 
 
 @dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a worker may take, seconds.
+
+    Attributes:
+        silence_s: Without saying anything, keep-alives included.
+        first_token_s: From being asked to its first token.
+        next_token_s: From one token to the next, or to the end.
+    """
+
+    silence_s: float
+    first_token_s: float
+    next_token_s: float
+
+    @classmethod
+    def of(cls, config: RouterConfig) -> Patience:
+        """As configured."""
+        return cls(config.idle_timeout_s, config.first_token_timeout_s, config.next_token_timeout_s)
+
+
+@dataclass(frozen=True, slots=True)
 class AttemptParts:
     """What attempts share.
 
     Attributes:
-        idle_timeout_s: A stream silent for this long, keep-alives included, is lost.
         retire: Takes streams that nobody reads any more and closes them in the background.
     """
 
     client: WorkerClient
     view: WorkersView
     clock: Clock
-    idle_timeout_s: float
+    patience: Patience
     retire: Callable[[WorkerStream], None]
 
 
@@ -47,18 +67,21 @@ class WorkerLeg:
 
     Nothing waits in between: outputs pass from the connection's reading to whoever follows. A Triton server does not
     notice when the process behind a model dies, its streams just hang, and a network may silently part: a silent worker
-    is given up as soon as its heartbeat stops, or at the idle timeout.
+    is given up as soon as nobody listens at its own socket, its heartbeat stops, or at the idle timeout. One that says
+    nothing but that it lives is given up when its next token is overdue.
     """
 
     def __init__(self, parts: AttemptParts, record: WorkerRecord) -> None:
         self._parts = parts
         self._record = record
+        self._address = WorkerAddress(record.endpoint, record.model_name, record.direct_endpoint, record.epoch)
         self._stream: WorkerStream | None = None
         self._kept: list[WorkerOutput | _End] = []
         self._on_output: Callable[[WorkerOutput], None] | None = None
         self._loop = asyncio.get_running_loop()
         self._finished: asyncio.Future[Finished] = self._loop.create_future()
-        self._last_heard_s = self._loop.time()
+        self._last_heard_s = self._last_token_s = self._loop.time()
+        self._has_said_token = False
         self._timer = self._loop.call_later(_LIVENESS_CHECK_S, self._check_liveness)
 
     def begin(self, command: GenerateCommand, prompt: npt.NDArray[np.int32]) -> None:
@@ -67,9 +90,7 @@ class WorkerLeg:
         Raises:
             WorkerLost: The worker is known to have gone.
         """
-        record = self._record
-        address = WorkerAddress(record.endpoint, record.model_name, record.direct_endpoint, record.epoch)
-        self._stream = self._parts.client.generate(address, command, prompt, self._receive)
+        self._stream = self._parts.client.generate(self._address, command, prompt, self._receive)
 
     async def follow(self, on_output: Callable[[WorkerOutput], None]) -> Finished:
         """Hand everything said on, from the start, until the worker has finished.
@@ -91,7 +112,10 @@ class WorkerLeg:
             self._parts.retire(self._stream)
 
     def _receive(self, item: WorkerOutput | _End) -> None:
-        self._last_heard_s = self._loop.time()
+        self._last_heard_s = now_s = self._loop.time()
+        if isinstance(item, WorkerOutput) and item.token_ids:
+            self._last_token_s = now_s
+            self._has_said_token = True
         self._hand_on(item)
 
     def _hand_on(self, item: WorkerOutput | _End) -> None:
@@ -117,13 +141,26 @@ class WorkerLeg:
             self._finished.set_result(item.event)
 
     def _check_liveness(self) -> None:
-        silent_s = self._loop.time() - self._last_heard_s
-        if silent_s >= _LIVENESS_CHECK_S:
-            if not self._parts.view.is_alive(self._record.worker_id, self._record.epoch):
-                self._hand_on(WorkerLost(f"worker {self._record.worker_id} stopped its heartbeat"))
-            elif silent_s >= self._parts.idle_timeout_s:
-                self._hand_on(WorkerLost(f"worker {self._record.worker_id} was silent for {silent_s:.0f} s"))
-        self._timer = self._loop.call_later(_LIVENESS_CHECK_S, self._check_liveness)
+        lost = self._why_lost()
+        if lost is not None:
+            self._hand_on(lost)
+        else:
+            self._timer = self._loop.call_later(_LIVENESS_CHECK_S, self._check_liveness)
+
+    def _why_lost(self) -> WorkerLost | None:
+        now_s, name, patience = self._loop.time(), self._record.worker_id, self._parts.patience
+        silent_s, tokenless_s = now_s - self._last_heard_s, now_s - self._last_token_s
+        if self._parts.client.has_gone(self._address):
+            return WorkerDied(f"worker {name} no longer listens at {self._record.direct_endpoint}")
+        if silent_s >= _LIVENESS_CHECK_S and not self._parts.view.is_alive(name, self._record.epoch):
+            known = self._parts.view.records()
+            has_successor = any(other.worker_id == name and other.epoch != self._record.epoch for other in known)
+            return (WorkerDied if has_successor else WorkerLost)(f"worker {name} stopped its heartbeat")
+        if silent_s >= patience.silence_s:
+            return WorkerLost(f"worker {name} was silent for {silent_s:.0f} s")
+        if tokenless_s >= (patience.next_token_s if self._has_said_token else patience.first_token_s):
+            return WorkerStuck(f"worker {name} lives, but has said no token for {tokenless_s:.0f} s")
+        return None
 
 
 class Attempt:

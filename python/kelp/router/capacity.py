@@ -43,6 +43,11 @@ class Capacity:
         slot = self._table.slot(key) if self._config.max_waiting else None
         return slot is not None and bool(self._is_full(slot))
 
+    def is_idle(self, key: WorkerKey) -> bool:
+        """Whether a worker has no request at all, as far as anybody knows."""
+        slot = self._table.slot(key)
+        return slot is not None and not self._load.active[slot] + self._load.foreign[slot]
+
     def full(self) -> Fullness:
         """Workers that are full now."""
         is_full = self._is_full(slice(None)) if self._config.max_waiting else None

@@ -8,11 +8,12 @@ a failure that another attempt can mend concerns one sequence, any other one the
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from kelp.client.base import WorkerOutput
 from kelp.core.errors import InternalError
+from kelp.core.messages import Finished
 from kelp.core.outbox import Lane, Outbox
 from kelp.router.job import Job
 from kelp.router.placement import Placement
@@ -37,6 +38,7 @@ class Conversation:
         self._loop = asyncio.get_running_loop()
         self._task: asyncio.Task[None] | None = None
         self._failure: Exception | None = None
+        self._has_spoken = False
         self._lane: Lane[RelayItem] = outbox.lane(relay.flush, self._note_failure)
         self._runs = [SequenceRun(parts, job, partial(self._pass_on, index)) for index, job in enumerate(jobs)]
         self._has_prompt = asyncio.Event()
@@ -73,7 +75,7 @@ class Conversation:
         observe(self._metrics, self._jobs, relay.num_responses, self._clock.wall_ns())
 
     def _note_failure(self, error: Exception) -> None:
-        """Called in the outbox's thread."""
+        """Called in the thread that sends."""
         self._loop.call_soon_threadsafe(self._fail, error)
 
     def _fail(self, error: Exception) -> None:
@@ -100,7 +102,15 @@ class Conversation:
         return self._runs[0].placement
 
     def _pass_on(self, index: int, output: WorkerOutput) -> None:
-        self._lane.put(NewTokens(output.token_ids, output.log_probs, index))
+        self._way_out(output)(NewTokens(output.token_ids, output.log_probs, index))
         # A first token of remote prefill is too early: siblings would compute what is still on its way.
         if self._runs[index].has_decoded:
             self._has_prompt.set()
+
+    def _way_out(self, output: WorkerOutput) -> Callable[[NewTokens], None]:
+        is_first, self._has_spoken = not self._has_spoken, True
+        if isinstance(output.event, Finished) and output.event.finish_reason is not None:
+            # The end of the sequence is next, and can share the response.
+            return self._lane.add
+        # The client waits for the first token, and for nothing as much.
+        return self._lane.send if is_first and self._relay.is_streaming else self._lane.put

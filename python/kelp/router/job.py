@@ -16,6 +16,7 @@ from kelp.core.preprocess_messages import PreparedPrompt
 from kelp.core.types import FinishReason, Role
 from kelp.router.decision.request import RoutingRequest
 from kelp.router.request_ids import sequence_name
+from kelp.router.suspects import Suspicion
 
 
 @dataclass(slots=True)
@@ -32,6 +33,7 @@ class Job:
         worker_ids: Workers of the latest attempt.
         first_sent_ns: Wall clock when the request's first token had been handed to Triton; sequence 0 alone has it.
         last_received_ns: Wall clock when the latest token came from a worker.
+        suspicion: The request's, which its sequences share.
     """
 
     request_id: str
@@ -48,6 +50,7 @@ class Job:
     worker_ids: tuple[str, ...] = ()
     first_sent_ns: int = 0
     last_received_ns: int = 0
+    suspicion: Suspicion = field(default_factory=Suspicion)
     _num_commands: Iterator[int] = field(default_factory=itertools.count)
 
     def sibling(self, index: int) -> Job:
@@ -62,6 +65,7 @@ class Job:
             lora_name=self.lora_name,
             tenant_hex=self.tenant_hex,
             routing=replace(self.routing, request_id=sequence_name(self.routing.request_id, index)),
+            suspicion=self.suspicion,
         )
 
     def routing_request(self) -> RoutingRequest:
@@ -72,6 +76,8 @@ class Job:
             block_hashes=self.prompt.sequence_hashes(),
             max_tokens=max(1, self.sampling.max_tokens - len(self.generated)),
             deadline_s=self.deadline_s,
+            tenant=self.tenant_hex,
+            is_resumed=bool(self.generated),
         )
 
     def tokens(self) -> npt.NDArray[np.int32]:

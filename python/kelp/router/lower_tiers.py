@@ -49,12 +49,18 @@ class LowerTiers:
     """
 
     def __init__(
-        self, table: WorkerTable, index: KVIndex, events: EventsConfig, metrics: Metrics, clock: Clock, ttl_s: float
+        self,
+        table: WorkerTable,
+        index: KVIndex,
+        events: EventsConfig,
+        metrics: Metrics,
+        clock: Clock,
+        options: FeedOptions,
     ) -> None:
         self._table = table
         self._index = index
         self.managers: SlotTable[KvManagerRecord] = SlotTable()
-        self.feed = EventFeed(self.managers, _ManagerBlocks(index), events, metrics, clock, FeedOptions(ttl_s=ttl_s))
+        self.feed = EventFeed(self.managers, _ManagerBlocks(index), events, metrics, clock, options)
         self._numbers: dict[str, int] = {}
         table.watch(lambda _: None, lambda slot: index.share(slot, None))
 

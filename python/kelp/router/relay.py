@@ -1,7 +1,7 @@
 """From worker tokens to client responses: take, coalesce, send.
 
-Runs in the sending thread (`core.outbox`), so a busy relay makes responses larger instead of slower. A worker speaks
-tokens only; a change of worker is invisible here.
+Runs in the sending thread (`core.outbox`), so a busy relay makes responses larger instead of slower; the first token of
+a stream passes it by where it has nothing to do. A worker speaks tokens only; a change of worker is invisible here.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class RelayOptions:
 
 
 class Relay:
-    """One request's outgoing side. `flush` belongs to the sending thread.
+    """One request's outgoing side. `flush` is called by one thread at a time.
 
     Attributes:
         summary: Tensors of the request's last response alone, from the number of output tokens of all sequences.
@@ -71,6 +71,11 @@ class Relay:
         self.on_first_token: Callable[[], object] = _ignore
         self.on_stop_word: Callable[[int], object] = _ignore
         self.on_sent_last: Callable[[], object] = _ignore
+
+    @property
+    def is_streaming(self) -> bool:
+        """Whether tokens go out before all are there."""
+        return self._options.is_streaming
 
     def flush(self, items: list[RelayItem]) -> None:
         """Send everything in `items`, as one response (per sequence, when streaming) where it can be."""

@@ -10,14 +10,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kelp.client.base import WorkerOutput
-from kelp.core.errors import CapacityError, KelpError, WorkerLost
+from kelp.core.errors import CapacityError, EngineFailed, KelpError, MigrationsExceeded, WorkerDied, WorkerLost
 from kelp.core.metrics import RETRIES, Metrics
 from kelp.core.types import FinishReason, WorkerKey
 from kelp.router.attempt import Attempt, AttemptParts
+from kelp.router.decision.request import RoutingRequest
 from kelp.router.job import Job
 from kelp.router.placement import Placement, Placer, key_of
+from kelp.router.suspects import Stay, Suspects
 
-_MAX_ATTEMPTS = 4
+_MAX_ENGINE_FAILURES = 3
+"""A request in whose company so many steps fail may be the reason: it is not tried on the rest of the fleet."""
+
+_RECOVERY_POLL_S = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +32,9 @@ class SequenceParts:
     Attributes:
         eos_token_ids: Ids that end a sequence.
         max_prefill_retries: Other prefill workers tried before the decode worker computes the prompt itself.
+        max_migrations: Further attempts after the first one.
+        recovery_wait_s: How long a sequence that has begun waits where no worker is left.
+        suspects: Requests that may have killed a worker.
     """
 
     placer: Placer
@@ -34,6 +42,9 @@ class SequenceParts:
     metrics: Metrics
     eos_token_ids: frozenset[int]
     max_prefill_retries: int
+    max_migrations: int
+    recovery_wait_s: float
+    suspects: Suspects
 
 
 class SequenceRun:
@@ -49,6 +60,7 @@ class SequenceRun:
         self._on_output = on_output
         self._failed: set[WorkerKey] = set()
         self._num_handoff_failures = 0
+        self._num_engine_failures = 0
         self._task: asyncio.Task[object] | None = None
         self._is_stopped = False
         self._attempt: Attempt | None = None
@@ -72,6 +84,8 @@ class SequenceRun:
             beside: Whose decode worker to try first; None leaves that to the placer, as all further attempts are.
 
         Raises:
+            MigrationsExceeded: Every attempt failed, the last one not for want of room.
+            PoisonRequest: Its workers die of it.
             KelpError: No worker could finish the sequence.
         """
         # Stopping cancels the caller's own task for a moment: a task for each of the two costs more than a token does.
@@ -86,10 +100,12 @@ class SequenceRun:
             self._task = None
 
     async def _generate(self, beside: Placement | None) -> FinishReason:
-        for num_attempt in range(1, _MAX_ATTEMPTS + 1):
-            placement = await self._place(beside if num_attempt == 1 else None)
+        num_migrations = 0
+        while True:
+            placement = await self._place(None if num_migrations else beside)
             self.placement, self._job.worker_ids = placement, placement.worker_ids
-            attempt = Attempt(self._parts.attempts, self._job, placement, self._on_output)
+            stay, num_before = self._parts.suspects.stay(self._job.suspicion, placement), len(self._job.generated)
+            attempt = Attempt(self._parts.attempts, self._job, placement, self._heard_in(stay))
             self._attempt = attempt
             try:
                 finished = await attempt.run()
@@ -97,26 +113,68 @@ class SequenceRun:
                 return finished.finish_reason or FinishReason.ERROR
             except KelpError as error:
                 self._note_failure(attempt, error)
-                if num_attempt == _MAX_ATTEMPTS or not error.is_retryable:
+                if not error.is_retryable:
                     raise
                 ended = self._job.finish_reason(self._parts.eos_token_ids)
                 if ended is not None:
                     return ended
+                if isinstance(error, WorkerDied) and attempt.failed_worker is not None:
+                    await stay.died(key_of(attempt.failed_worker), len(self._job.generated) - num_before)
+                self._check_patience(num_migrations, error)
             finally:
+                stay.end()
                 placement.end(is_completed=self._is_stopped)
-        raise WorkerLost("no attempt was made")
+            num_migrations += 1
+
+    def _check_patience(self, num_migrations: int, error: KelpError) -> None:
+        limit = self._parts.max_migrations
+        if num_migrations < limit and self._num_engine_failures < _MAX_ENGINE_FAILURES:
+            return
+        if isinstance(error, CapacityError):
+            raise error
+        raise MigrationsExceeded(
+            f"given up after {num_migrations} migrations (router.max_migrations is {limit}): {error.code}: {error.text}"
+        ) from error
 
     async def _place(self, beside: Placement | None) -> Placement:
         request = self._job.routing_request()
         if beside is not None:
             return self._parts.placer.beside(beside, request)
         allow_prefill = self._num_handoff_failures <= self._parts.max_prefill_retries
-        return await self._parts.placer.place(request, frozenset(self._failed), allow_prefill)
+
+        async def find(occupied: frozenset[WorkerKey]) -> Placement:
+            return await self._find(request, frozenset(self._failed) | occupied, allow_prefill)
+
+        return await self._parts.suspects.place(self._job.suspicion, find)
+
+    async def _find(self, request: RoutingRequest, avoid: frozenset[WorkerKey], allow_prefill: bool) -> Placement:
+        """A request that resumes waits for a worker to come back: its client has part of the answer."""
+        loop = asyncio.get_running_loop()
+        give_up_s = loop.time() + (self._parts.recovery_wait_s if request.is_resumed else 0.0)
+        while True:
+            try:
+                return await self._parts.placer.place(request, avoid, allow_prefill)
+            except CapacityError:
+                if loop.time() >= give_up_s:
+                    raise
+            await asyncio.sleep(_RECOVERY_POLL_S)
+
+    def _heard_in(self, stay: Stay) -> Callable[[WorkerOutput], None]:
+        if not stay.is_watched:
+            return self._on_output
+
+        def on_output(output: WorkerOutput) -> None:
+            stay.heard(len(output.token_ids))
+            self._on_output(output)
+
+        return on_output
 
     def _note_failure(self, attempt: Attempt, error: KelpError) -> None:
         if error.is_retryable:
             self._parts.metrics.add(RETRIES, reason=error.code.lower())
-        if attempt.failed_worker is not None and isinstance(error, (WorkerLost, CapacityError)):
+        if attempt.failed_worker is not None and isinstance(error, (WorkerLost, CapacityError, EngineFailed)):
             self._failed.add(key_of(attempt.failed_worker))
         if attempt.is_handoff_failure:
             self._num_handoff_failures += 1
+        if isinstance(error, EngineFailed):
+            self._num_engine_failures += 1

@@ -34,6 +34,7 @@ from kelp.router.relay import Relay, RelayItem, RelayOptions
 from kelp.router.request_ids import RequestIds
 from kelp.router.sequence import SequenceParts
 from kelp.router.sequence_text import Detokenizer, SequenceText, StopMatcher
+from kelp.router.suspects import Suspects
 
 Explain = Callable[[str], Awaitable[bytes | None]]
 
@@ -147,6 +148,9 @@ class RouterService:
             metrics=parts.metrics,
             eos_token_ids=parts.text.eos_token_ids,
             max_prefill_retries=config.max_prefill_retries,
+            max_migrations=config.max_migrations,
+            recovery_wait_s=config.recovery_wait_s,
+            suspects=Suspects(parts.attempts.view),
         )
 
     async def handle(self, exchange: Exchange) -> None:

@@ -21,6 +21,7 @@ from kelp.core.metrics import (
     Metrics,
 )
 from kelp.core.model_identity import adapter_digest
+from kelp.core.peer_auth import PeerToken
 from kelp.core.wire import encode_message
 from kelp.registry.base import KvManagerRecord, RouterRegistry
 from kelp.registry.view import RecordsView, RegistryView
@@ -62,6 +63,7 @@ class RoutingStack:
     Args:
         router_id: This router's name among those of the same workers; labels its gauges as well.
         registries: Whom to follow.
+        token: What the processes of this deployment know; None: nobody is asked.
 
     Raises:
         ConfigError: A LoRA adapter cannot be read.
@@ -78,6 +80,7 @@ class RoutingStack:
         registries: Registries,
         clock: Clock,
         metrics: Metrics,
+        token: PeerToken | None = None,
     ) -> None:
         self._registries = registries
         self._clock = clock
@@ -89,14 +92,15 @@ class RoutingStack:
         mode = SelectorMode(config.router.policy, config.router.disaggregation)
         self.selector = Selector(table, self.index, routing, clock, clock.wall_ns() % 2**32, mode)
         adapters = {name: adapter_digest(folder) for name, folder in config.model.lora_adapters.items()}
-        feeding = FeedOptions(adapters, routing.events_ttl_s)
+        feeding = FeedOptions(adapters, routing.events_ttl_s, token, config.peers.allow_foreign_events)
         self._feed = EventFeed(table, self.index, config.events, metrics, clock, feeding)
-        lower = self.lower_tiers = LowerTiers(table, self.index, config.events, metrics, clock, routing.events_ttl_s)
+        lower = self.lower_tiers = LowerTiers(table, self.index, config.events, metrics, clock, feeding)
         own = OwnLoads(router_id, clock.wall_ns())
         replicas = config.replicas
         peer_load = PeerLoad(table, self.selector.load, self.selector.rates, clock)
         self._peers = PeerLoads(peer_load, replicas.lease_s, replicas.stale_s)
-        self._link = ReplicaLink(LinkParts(own, self._peers, registries.routers, clock, self._explain_here), replicas)
+        link = LinkParts(own, self._peers, registries.routers, clock, self._explain_here, token)
+        self._link = ReplicaLink(link, replicas)
         ledger = self.ledger = Ledger(self.selector, own, config.router.policy, metrics)
         ledger.on_news = self._link.notify
         capacity = Capacity(table, self.selector.fleet, self.selector.load, config.queue)

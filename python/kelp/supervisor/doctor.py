@@ -6,13 +6,17 @@ import importlib.metadata
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
 from kelp.core.config import load_config
 from kelp.core.errors import KelpError
+from kelp.core.peer_auth import load_token
 from kelp.supervisor.model import check_model_folder
 from kelp.supervisor.triton import find_triton
+
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +28,11 @@ class Finding:
     detail: str
 
 
-def examine() -> Iterator[Finding]:
-    """Look at everything that serving needs."""
+def examine(config_file: Path | None = None) -> Iterator[Finding]:
+    """Look at everything that serving with this configuration needs."""
     yield _try("tritonserver", lambda: find_triton().version)
-    yield _try("model", lambda: str(check_model_folder(load_config().model.path)))
+    yield _try("model", lambda: str(check_model_folder(load_config(path=config_file).model.path)))
+    yield _try_token(config_file)
     for package in ("torch", "nixl", "tritonclient", "grpcio", "numpy"):
         yield _package(package)
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
@@ -43,6 +48,21 @@ def _try(subject: str, look: Callable[[], str]) -> Finding:
         return Finding(subject, True, look())
     except KelpError as error:
         return Finding(subject, False, error.text)
+
+
+def _try_token(config_file: Path | None) -> Finding:
+    """Whether the deployment's processes know each other, and the file that they share is of use."""
+    subject = "peers' token"
+    try:
+        config = load_config(path=config_file)
+        if load_token(config.peers) is not None:
+            return Finding(subject, True, str(config.peers.token_file))
+    except KelpError as error:
+        return Finding(subject, False, error.text)
+    addresses = (config.server.host, config.handoff.host, config.events.host, config.replicas.host)
+    is_local = all(address in _LOOPBACK for address in addresses)
+    needed = "none; `kelp serve` makes one per run" if is_local else "none, and addresses beyond this host are used"
+    return Finding(subject, is_local, f"{needed}; several hosts need the same peers.token_file (docs/security.md)")
 
 
 def _package(name: str) -> Finding:

@@ -1,62 +1,16 @@
-"""The KV block manager of a run: loaded again when its process has died, and nothing of it left at the end.
-
-Triton neither restarts the process of a dead model nor says that it is dead; its record in the registry tells.
-"""
+"""Where the KV block manager of a run has its host tier, and that nothing of it is left at the end."""
 
 from __future__ import annotations
 
 import contextlib
-import shutil
-import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from kelp.client.grpc import TritonControl
 from kelp.core.config import KelpConfig
 from kelp.core.config_kv import default_arena_folder
-from kelp.core.errors import KelpError
-from kelp.core.schema import KV_BLOCK_MANAGER
-from kelp.registry.directory import KvManagerDirectory
+from kelp.kv.tiers.clears import JOURNAL_NAME
 from kelp.supervisor import run_state
-from kelp.supervisor.plan import kv_manager_config
-from kelp.supervisor.server import TritonServer
 
 _RUN_FOLDER = "serve-"
-Say = Callable[[str], None]
-
-
-class KvManagerWatch:
-    """Looks whether the manager still renews its record; `check` blocks for seconds when it does not."""
-
-    def __init__(self, config: KelpConfig, say: Say) -> None:
-        self._records = KvManagerDirectory(config.registry.path, config.registry.expiry_s)
-        self._patience_s = config.registry.heartbeat_s
-        self._is_enabled = config.kv_manager.enabled
-        self._say = say
-        self._seen_s = time.monotonic()
-        self._num_restarts = 0
-
-    def check(self, servers: Sequence[TritonServer]) -> None:
-        """Load the manager again if it is gone while its server runs."""
-        now_s = time.monotonic()
-        with contextlib.suppress(OSError):
-            if self._records.snapshot():
-                self._seen_s = now_s
-        server = next((one for one in servers if KV_BLOCK_MANAGER.name in one.spec.on_disk_models), None)
-        if not self._is_enabled or server is None or not server.is_running():
-            self._seen_s = now_s
-        if now_s - self._seen_s > self._patience_s and server is not None:
-            self._restart(server)
-            self._seen_s = time.monotonic()
-
-    def _restart(self, server: TritonServer) -> None:
-        self._num_restarts += 1
-        self._say(f"{KV_BLOCK_MANAGER.name} died; loading it again (log: {server.log_path})")
-        with contextlib.closing(TritonControl(server.spec.grpc_endpoint)) as control:
-            try:
-                control.load(KV_BLOCK_MANAGER.name, kv_manager_config(self._num_restarts))
-            except KelpError as error:
-                self._say(f"{KV_BLOCK_MANAGER.name} did not come back: {error}")
 
 
 def arena_folder_of(grpc_port: int) -> Path:
@@ -71,4 +25,13 @@ def remove_arenas(config: KelpConfig) -> None:
         port = folder.name.removeprefix(_RUN_FOLDER)
         is_own = folder == config.kv_manager.arena_folder
         if is_own or (port.isdigit() and run_state.read_state(int(port)) is None):
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Keeps what is still to be cleared from an object store: the next run at this port goes on with it."""
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            if not path.name.startswith(JOURNAL_NAME):
+                path.unlink(missing_ok=True)
+        folder.rmdir()

@@ -11,7 +11,7 @@ import yaml
 
 from kelp.core.config import KelpConfig
 from kelp.core.schema import KV_BLOCK_MANAGER, LLM, worker_schema
-from kelp.core.schema_types import RESTART_PARAMETER, ModelSchema, TensorSpec
+from kelp.core.schema_types import ModelSchema, TensorSpec
 from kelp.supervisor.ports import own_address
 
 PortPicker = Callable[[str], int]
@@ -139,13 +139,6 @@ def worker_model_config(worker: WorkerSpec) -> dict[str, Any]:
 def router_model_config(num_instances: int) -> dict[str, Any]:
     """Triton configuration of `llm` in several processes, each a router of its own."""
     return _model_config(LLM, num_instances)
-
-
-def kv_manager_config(num_restarts: int) -> dict[str, Any]:
-    """Triton configuration of the KV block manager, different with every restart: Triton loads nothing unchanged."""
-    config = _model_config(KV_BLOCK_MANAGER, 1)
-    config["parameters"] = {RESTART_PARAMETER: {"string_value": str(num_restarts)}}
-    return config
 
 
 def _model_config(schema: ModelSchema, num_instances: int) -> dict[str, Any]:

@@ -7,13 +7,13 @@ import re
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 from kelp.client.base import WorkerAddress
 from kelp.client.grpc import GrpcWorkerClient, TritonControl
-from kelp.core.config import load_config
+from kelp.core.config import KelpConfig, load_config
 from kelp.core.errors import ConfigError, NotFound
 from kelp.core.messages import DrainCommand, WorkerStatus
+from kelp.core.peer_auth import PeerToken, load_token
 from kelp.core.types import WorkerState
 from kelp.registry.base import WorkerRecord
 from kelp.registry.directory import DirectoryRegistry
@@ -83,7 +83,8 @@ class Fleet:
         record = self._record(name)
         if record is None:
             raise NotFound(f"worker {name!r}: not registered; running: {', '.join(self._names()) or 'none'}")
-        return asyncio.run(_drain(WorkerAddress(record.endpoint, record.model_name), timeout_s))
+        address = WorkerAddress(record.endpoint, record.model_name, epoch=record.epoch)
+        return asyncio.run(_drain(address, load_token(self._config().peers), timeout_s))
 
     def _load_and_unload(self, added: list[WorkerSpec], removed: list[WorkerSpec]) -> None:
         for worker in removed:
@@ -125,18 +126,20 @@ class Fleet:
         return [record.model_name for record in self._records()]
 
     def _records(self) -> list[WorkerRecord]:
-        config = load_config(path=self._config_path())
-        records = DirectoryRegistry(config.registry.path, config.registry.expiry_s).snapshot()
+        config = self._config()
+        records = DirectoryRegistry(
+            config.registry.path, config.registry.expiry_s, token=load_token(config.peers)
+        ).snapshot()
         if self._run is not None:
             return records
         return [record for record in records if record.endpoint.endswith(f":{self._port}")]
 
-    def _config_path(self) -> Path | None:
-        return None if self._run is None else self._run.run_folder / "kelp.yaml"
+    def _config(self) -> KelpConfig:
+        return load_config(path=None if self._run is None else self._run.run_folder / "kelp.yaml")
 
 
-async def _drain(address: WorkerAddress, timeout_s: float) -> WorkerStatus:
-    client = GrpcWorkerClient()
+async def _drain(address: WorkerAddress, token: PeerToken | None, timeout_s: float) -> WorkerStatus:
+    client = GrpcWorkerClient(token)
     try:
         return await client.control(address, DrainCommand(timeout_s=timeout_s))
     finally:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
-import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,7 +16,7 @@ import psutil
 from kelp.core.errors import KelpError
 from kelp.core.schema import KV_BLOCK_MANAGER
 from kelp.supervisor import run_state
-from kelp.supervisor.kv_manager import KvManagerWatch, remove_arenas
+from kelp.supervisor.kv_manager import remove_arenas
 from kelp.supervisor.plan import (
     ServeOptions,
     ServerSpec,
@@ -29,93 +27,13 @@ from kelp.supervisor.plan import (
 )
 from kelp.supervisor.ports import pick_free
 from kelp.supervisor.server import Launch, TritonServer
+from kelp.supervisor.stop_signals import StopRequested, StopSignals
+from kelp.supervisor.supervised import Supervised
 
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _WATCH_S = 0.5
-_FIRST_BACKOFF_S = 1.0
-_LONGEST_BACKOFF_S = 30.0
-_HEALTHY_AFTER_S = 60.0
 _RUN_PREFIX, _OWNER = "serve-", "owner.pid"
 _KEEP_LOGS_S = 86400.0
 Say = Callable[[str], None]
-
-
-class StopRequested(BaseException):
-    """SIGTERM or SIGINT came; raised in the main thread, wherever it is."""
-
-
-class StopSignals:
-    """Turns the first SIGTERM, SIGINT or SIGHUP into StopRequested and ignores the others."""
-
-    def __init__(self) -> None:
-        self._is_held = False
-        self._has_come = False
-
-    def install(self) -> None:
-        """Take the signals over."""
-        for signal_number in _STOP_SIGNALS:
-            signal.signal(signal_number, self._on_signal)
-
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """A signal waits until the block has ended: a process that was just started must not be lost.
-
-        The signal mask would do the same, but children inherit it.
-        """
-        self._is_held = True
-        try:
-            yield
-        finally:
-            self._is_held = False
-        if self._has_come:
-            raise StopRequested
-
-    def ignore(self) -> None:
-        """From now on, only SIGKILL ends the process early."""
-        self._is_held = True
-
-    def _on_signal(self, *_: object) -> None:
-        if not self._has_come:
-            self._has_come = True
-            if not self._is_held:
-                raise StopRequested
-
-
-class Supervised:
-    """A server with its restart history."""
-
-    def __init__(self, server: TritonServer) -> None:
-        self.server = server
-        self._backoff_s = _FIRST_BACKOFF_S
-        self._restart_at_s: float | None = None
-        self._started_s = time.monotonic()
-
-    def watch(self, timeout_s: float, say: Say, signals: StopSignals) -> None:
-        """Restart the server if it died; the wait before it doubles with each early death."""
-        now_s = time.monotonic()
-        name = self.server.spec.name
-        if self.server.is_running():
-            return
-        if self._restart_at_s is None:
-            if now_s - self._started_s > _HEALTHY_AFTER_S:
-                self._backoff_s = _FIRST_BACKOFF_S
-            self._restart_at_s = now_s + self._backoff_s
-            say(f"{name} died; restarting in {self._backoff_s:.0f} s (log: {self.server.log_path})")
-            self._backoff_s = min(self._backoff_s * 2, _LONGEST_BACKOFF_S)
-        if now_s < self._restart_at_s:
-            return
-        self._restart_at_s = None
-        self._started_s = now_s
-        with signals.held():
-            self.server.stop()
-            self.server.start()
-        try:
-            self.server.wait_ready(timeout_s)
-        except KelpError as error:
-            say(f"{name} did not come back: {error}")
-            self.server.stop()
-        else:
-            say(f"{name} is back")
 
 
 class Serving:
@@ -149,19 +67,18 @@ class Serving:
         self._start_all(plan_servers(options, pick_free))
         self._publish(options.num_prefill, options.num_decode)
         on_ready()
-        manager_watch = KvManagerWatch(options.config, self._say)
         while True:
             time.sleep(_WATCH_S)
             self._follow_wanted()
             for supervised in list(self._servers):
-                supervised.watch(options.startup_timeout_s, self._say, self._signals)
-            manager_watch.check([supervised.server for supervised in self._servers])
+                supervised.watch(options.startup_timeout_s, self._signals)
 
     def _start_all(self, specs: list[ServerSpec]) -> None:
         started: list[Supervised] = []
+        rules = self._options.config.supervision
         for spec in specs:
             self._say(f"starting tritonserver for {', '.join(spec.model_names)} (gRPC {spec.grpc_endpoint})")
-            supervised = Supervised(TritonServer(self._launch, spec))
+            supervised = Supervised(TritonServer(self._launch, spec), rules, self._say)
             self._servers.append(supervised)
             started.append(supervised)
             with self._signals.held():
@@ -200,7 +117,7 @@ class Serving:
     def _stop_servers(self, servers: list[Supervised]) -> None:
         for supervised in servers:
             self._servers.remove(supervised)
-            supervised.server.stop()
+            supervised.stop()
             self._say(f"stopped {supervised.server.spec.name}")
 
     def _publish(self, num_prefill: int, num_decode: int) -> None:
@@ -215,7 +132,7 @@ class Serving:
 
     def _stop_all(self) -> None:
         run_state.remove_state(self._options.grpc_port)
-        stops = [threading.Thread(target=item.server.stop) for item in reversed(self._servers)]
+        stops = [threading.Thread(target=item.stop) for item in reversed(self._servers)]
         for stop in stops:
             stop.start()
         for stop in stops:

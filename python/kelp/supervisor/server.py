@@ -94,6 +94,12 @@ class TritonServer:
                 preexec_fn=_end_with_parent,
             )
 
+    @property
+    def pid(self) -> int:
+        """Of the latest process."""
+        assert self._process is not None
+        return self._process.pid
+
     def is_running(self) -> bool:
         """Whether the process lives."""
         return self._process is not None and self._process.poll() is None

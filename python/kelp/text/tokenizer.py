@@ -19,6 +19,7 @@ from tokenizers import Tokenizer as HuggingFaceTokenizer
 from kelp.core.errors import ConfigError
 from kelp.text.model_files import configured_eos_token_ids, first_positive_int, read_json, special_token
 from kelp.text.token_bound import longest_token_bytes
+from kelp.text.word_cache import new_word_cache
 
 
 @lru_cache(maxsize=1)
@@ -29,6 +30,11 @@ def _byte_of_character() -> dict[str, int]:
     alphabet = {chr(byte): byte for byte in printable}
     alphabet.update({chr(0x100 + offset): byte for offset, byte in enumerate(others)})
     return alphabet
+
+
+@lru_cache(maxsize=1)
+def _alphabet_of_ascii() -> dict[int, str]:
+    return {byte: character for character, byte in _byte_of_character().items() if byte < 0x80}
 
 
 def _decoder_types(decoder: dict[str, Any] | None) -> list[str]:
@@ -97,15 +103,28 @@ class Tokenizer:
         document = json.loads(self._tokenizer.to_str())
         self._longest_token_bytes = longest_token_bytes(document)
         self._spelled = _Spelled(self._spell)
+        self._words = new_word_cache(document, self._merge, self._encode)
+        self._adds_nothing = not self._tokenizer.num_special_tokens_to_add(is_pair=False)
         decoders = _decoder_types(document["decoder"])
         self.is_byte_level = bool(decoders) and set(decoders) <= {"ByteLevel", "Fuse"}
         self.has_byte_fallback = "ByteFallback" in decoders
 
     def encode(self, text: str, add_special_tokens: bool = True) -> npt.NDArray[np.int32]:
         """Token ids `[num_tokens] int32`, the same as `transformers` gives for `tokenizer(text)`."""
+        if self._words is not None and (self._adds_nothing or not add_special_tokens):
+            found = self._words.encode(text)
+            if found is not None:
+                return found
+        return np.array(self._encode(text, add_special_tokens), dtype=np.int32)
+
+    def _encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         # Unlike `encode`, this one keeps no offsets, a sixth of the time, and lets other threads run meanwhile.
-        encoding = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
-        return np.array(encoding.ids, dtype=np.int32)
+        ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        return ids
+
+    def _merge(self, word: str) -> list[int]:
+        """Token ids of one word in ASCII, which is not split any further."""
+        return [token.id for token in self._tokenizer.model.tokenize(word.translate(_alphabet_of_ascii()))]
 
     def min_num_tokens(self, text: str) -> int:
         """Tokens that `text` has at least; cheap, and 0 where this tokenizer allows no such bound."""

@@ -17,8 +17,9 @@ from kelp.client.base import WorkerOutput
 from kelp.core.cancel_watch import CancelWatch
 from kelp.core.errors import InternalError, InvalidRequest, KelpError
 from kelp.core.exchange import Exchange, Tensors
-from kelp.core.messages import WORKER_COMMAND, Finished, WorkerCommand
+from kelp.core.messages import WORKER_COMMAND, Finished, StatusCommand, WorkerCommand
 from kelp.core.outbox import Lane, Outbox
+from kelp.core.peer_auth import MAX_OPEN_BYTES, SEAL, WORKER_COMMAND_PROOF, PeerToken, unseal
 from kelp.core.wire import decode_message, encode_message
 from kelp.worker.channel import Source, StreamItem
 
@@ -74,16 +75,23 @@ class ExchangeChannel:
         self._source.on_sent_last()
 
 
-def read_command(inputs: Tensors) -> WorkerCommand:
-    """The command of a request.
+def read_command(inputs: Tensors, token: PeerToken | None = None, scope: tuple[str, ...] = ()) -> WorkerCommand:
+    """The command of a request; with a token, all but a StatusCommand must prove that a peer gave it to `scope`.
 
     Raises:
         InvalidRequest: There is not exactly one.
+        PeerRefused: It is not proven.
         ProtocolError: It is none; names the field.
     """
     if "command" not in inputs or inputs["command"].size != 1:
         raise InvalidRequest("command: exactly one JSON document is required")
-    return decode_message(WORKER_COMMAND, bytes(inputs["command"].reshape(-1)[0]), "command")
+    raw = bytes(inputs["command"].reshape(-1)[0])
+    if token is not None and len(raw) <= MAX_OPEN_BYTES and not raw.startswith(SEAL):
+        command = decode_message(WORKER_COMMAND, raw, "command")
+        if isinstance(command, StatusCommand):
+            return command
+    beside = b"" if "input_ids" not in inputs else inputs["input_ids"].tobytes()
+    return decode_message(WORKER_COMMAND, unseal(token, WORKER_COMMAND_PROOF, scope, raw, beside), "command")
 
 
 def read_prompt(inputs: Tensors) -> npt.NDArray[np.int32]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from kelp.core.clock import Clock
 from kelp.core.metrics import Metrics
+from kelp.core.peer_auth import PeerToken
 from kelp.core.types import Role
 from kelp.executor.base import Executor
 from kelp.kv.events import EventPublisher
@@ -19,7 +20,8 @@ from kelp.worker.tiers import WorkerTiers
 class WorkerParts:
     """What a worker is made of; `build.py` puts it together.
 
-    Without `events` routers guess what it holds; without `tiers` what its cache evicts is lost.
+    Without `events` routers guess what it holds; without `tiers` what its cache evicts is lost; without `token` whoever
+    reaches it may give commands.
     """
 
     executor: Executor
@@ -31,6 +33,7 @@ class WorkerParts:
     metrics: Metrics
     events: EventPublisher | None = None
     tiers: WorkerTiers | None = None
+    token: PeerToken | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from kelp.core.errors import KelpError
+
 _MAX_EARLY = 1024
 """Cancellations kept for requests that have not come yet, or never will; the oldest are forgotten."""
 
@@ -21,11 +23,16 @@ class RunningRequests:
 
     def __init__(self) -> None:
         self._tasks: dict[asyncio.Task[Any], str] = {}
+        self._given_up: dict[asyncio.Task[Any], KelpError] = {}
         self._early: deque[str] = deque(maxlen=_MAX_EARLY)
 
     @contextmanager
     def running(self, request_id: str) -> Iterator[Callable[[], None]]:
-        """While the block runs, `cancel` finds the task it runs in; yields what cancels that one, and nothing later."""
+        """While the block runs, `cancel` finds the task it runs in; yields what cancels that one, and nothing later.
+
+        Raises:
+            KelpError: The reason of `give_up`.
+        """
         task = asyncio.current_task()
         assert task is not None
         if request_id in self._early:
@@ -33,8 +40,13 @@ class RunningRequests:
         self._tasks[task] = request_id
         try:
             yield lambda: self._cancel_task(task)
+        except asyncio.CancelledError:
+            if task in self._given_up:
+                raise self._given_up[task] from None
+            raise
         finally:
             del self._tasks[task]
+            self._given_up.pop(task, None)
 
     def cancel(self, request_id: str) -> None:
         """Cancel a request that runs or will come; one that has ended is left in peace."""
@@ -48,9 +60,17 @@ class RunningRequests:
         if task in self._tasks:
             task.cancel()
 
-    async def cancel_all(self) -> None:
-        """Cancel everything and wait until it has let go of what it holds."""
-        await cancel_tasks(self._tasks.keys())
+    def give_up(self, reason: KelpError) -> None:
+        """Let everything that runs end with `reason`."""
+        for task in self._tasks:
+            self._given_up.setdefault(task, reason)
+            task.cancel()
+
+    async def end_all(self, reason: KelpError) -> None:
+        """Give everything up and wait until it has let go of what it holds."""
+        self.give_up(reason)
+        if self._tasks:
+            await asyncio.wait(self._tasks.keys())
 
 
 async def cancel_tasks(tasks: Collection[asyncio.Task[Any]]) -> None:

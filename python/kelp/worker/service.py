@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from kelp.core.cancel_watch import CancelWatch
 from kelp.core.config import KelpConfig
-from kelp.core.errors import KelpError, RequestCancelled, WorkerLost
+from kelp.core.errors import RequestCancelled, WorkerDraining, WorkerStuck
 from kelp.core.exchange import Exchange
 from kelp.core.messages import CancelCommand, DrainCommand, Finished, GenerateCommand, StatusCommand, WorkerStatus
 from kelp.core.metrics import ACCEPTED_TOKENS, BLOCKS, DRAFT_TOKENS, LEASES, RUNNING
@@ -30,6 +30,7 @@ from kelp.worker.prefill import run_prefill
 from kelp.worker.presence import Presence
 from kelp.worker.running import RunningRequests, cancel_tasks
 from kelp.worker.stream import RequestStream
+from kelp.worker.watchdog import Watchdog
 
 _KEEP_ALIVES_PER_IDLE_TIMEOUT = 4
 _DRAIN_POLL_S = 0.05
@@ -49,7 +50,7 @@ class WorkerService:
         self._state = WorkerState.STARTING
         self._handoff_endpoint = self._direct_endpoint = ""
         stall_timeout_s = config.direct.stall_timeout_s
-        self.direct = DirectServer(DirectParts(self, identity.worker_id, identity.epoch, stall_timeout_s))
+        self.direct = DirectServer(DirectParts(self, identity.worker_id, identity.epoch, stall_timeout_s, parts.token))
         self._streams: dict[str, RequestStream] = {}
         self._running = RunningRequests()
         self._tasks: list[asyncio.Task[None]] = []
@@ -71,18 +72,19 @@ class WorkerService:
             self._parts.tiers.start(self._show_manager)
         self._state = WorkerState.READY
         await self._presence.publish()
-        loops = (self._presence.run(), self._keep_alive(), self._report())
+        self._watchdog = Watchdog(self._parts.executor, self._config.watchdog.step_timeout_s, self._note_stuck)
+        loops = (self._presence.run(), self._keep_alive(), self._report(), self._watchdog.run())
         self._tasks = [asyncio.ensure_future(loop) for loop in loops]
 
     async def stop(self) -> None:
-        """Leave the registry and let go of everything; running requests fail with KELP_WORKER_LOST."""
+        """Leave the registry and let go of everything; running requests go on at other workers."""
         self._state = WorkerState.GONE
         for task in self._tasks:
             task.cancel()
         await self._presence.withdraw()
         await self._parts.handoffs.stop()
         self.direct.stop_listening()
-        await self._running.cancel_all()
+        await self._running.end_all(WorkerDraining(f"worker {self._identity.worker_id} is stopping"))
         await self.direct.stop()
         await cancel_tasks(self._quarantined)
         if self._parts.tiers is not None:
@@ -97,7 +99,7 @@ class WorkerService:
             KelpError: For the guard to send; nothing of the request is held any more.
         """
         inputs = exchange.inputs()
-        command = read_command(inputs)
+        command = read_command(inputs, self._parts.token, (self._identity.worker_id, self._identity.epoch))
         if isinstance(command, GenerateCommand):
             channel = ExchangeChannel(exchange, self._outbox, self._cancel_watch)
             await self.generate(command, read_prompt(inputs), channel)
@@ -143,7 +145,8 @@ class WorkerService:
             KelpError: To be sent as the request's end; nothing of it is held any more.
         """
         if self._state is not WorkerState.READY:
-            raise WorkerLost(f"worker {self._identity.worker_id} is {self._state.value}")
+            refusal = WorkerStuck if self._state is WorkerState.STUCK else WorkerDraining
+            raise refusal(f"worker {self._identity.worker_id} is {self._state.value}")
         stream = RequestStream(channel, self._parts.clock)
         # A retried request may come back while its first attempt still winds down: ids are per attempt.
         request_id = f"{command.request_id}#{uuid.uuid4().hex[:8]}"
@@ -153,18 +156,13 @@ class WorkerService:
             with self._running.running(command.request_id) as cancel, channel.watching(cancel):
                 finished = await self._run(command, request, stream)
         except asyncio.CancelledError:
-            raise self._why_cancelled(channel) from None
+            raise channel.failure or RequestCancelled("the client cancelled or went away") from None
         finally:
             del self._streams[request_id]
         if finished is not None:
             await stream.finish(finished)
         if channel.failure is not None:
             raise channel.failure
-
-    def _why_cancelled(self, channel: Channel) -> KelpError:
-        if self._state is WorkerState.GONE:
-            return WorkerLost(f"worker {self._identity.worker_id} is stopping")
-        return channel.failure or RequestCancelled("the client cancelled or went away")
 
     def _request(
         self,
@@ -216,13 +214,29 @@ class WorkerService:
         return None
 
     async def _drain(self, timeout_s: float) -> None:
-        self._state = WorkerState.DRAINING
+        if self._state is not WorkerState.DRAINING:
+            self._state = WorkerState.DRAINING
+            self._tasks.append(asyncio.ensure_future(self._end_grace()))
         await self._presence.publish()
         deadline_s = self._parts.clock.monotonic_s() + timeout_s
         while self._streams or self._parts.handoffs.num_leases:
             if self._parts.clock.monotonic_s() >= deadline_s:
                 return
             await asyncio.sleep(_DRAIN_POLL_S)
+
+    async def _end_grace(self) -> None:
+        await asyncio.sleep(self._config.drain.grace_s)
+        self._running.give_up(WorkerDraining(f"worker {self._identity.worker_id} is draining, its grace_s is over"))
+
+    async def _note_stuck(self) -> None:
+        if self._watchdog.is_stuck:
+            text = f"worker {self._identity.worker_id} is stuck in a step of {self._watchdog.step_s:.0f} s"
+            self._running.give_up(WorkerStuck(text))
+            if self._state is WorkerState.READY:
+                self._state = WorkerState.STUCK
+        elif self._state is WorkerState.STUCK:
+            self._state = WorkerState.READY
+        await self._presence.publish()
 
     def _show_manager(self) -> None:
         showing = asyncio.ensure_future(self._presence.publish())
@@ -269,6 +283,7 @@ class WorkerService:
             max_step_tokens=self._config.executor.max_step_tokens,
             max_running=self._config.executor.max_running,
             tags=self._config.server.tags,
+            asks_token=self._parts.token is not None,
             num_running=load.num_running,
             num_waiting=load.num_waiting,
             num_free_blocks=load.num_free_blocks,

@@ -33,7 +33,7 @@ from kelp.client.direct.wire import (
     encode_frame,
 )
 from kelp.client.workers import ShortestWay
-from kelp.core.errors import CapacityError, KelpError, ProtocolError, WorkerLost
+from kelp.core.errors import CapacityError, KelpError, ProtocolError, WorkerDied, WorkerLost
 from kelp.core.messages import DrainCommand, Finished, GenerateCommand, SamplingParams, WorkerStatus
 from kelp.core.types import FinishReason, Role
 from kelp.core.wire import encode_message
@@ -68,6 +68,9 @@ class FakeTriton:
 
     async def control(self, address: WorkerAddress, command: DrainCommand | None) -> WorkerStatus:
         return STATUS
+
+    def has_gone(self, address: WorkerAddress) -> bool:
+        return False
 
     async def close(self) -> None:
         self.is_closed = True
@@ -294,7 +297,7 @@ def test_a_connection_that_is_cut_loses_all_its_requests_at_once() -> None:
             assert (await anext(requests[0])).token_ids == (1,)
             scene.worker.writers[-1].transport.abort()
             for request in requests:
-                with pytest.raises(WorkerLost, match="host:1/decode at 127.* connection broke"):
+                with pytest.raises(WorkerDied, match="host:1/decode at 127.* connection broke"):
                     await anext(request)
                 assert request.stream.has_ended
                 await request.close()
@@ -306,12 +309,61 @@ def test_a_connection_that_is_cut_loses_all_its_requests_at_once() -> None:
     asyncio.run(story())
 
 
+@pytest.mark.parametrize(
+    ("reason", "has_died"),
+    [
+        (None, True),
+        (ConnectionResetError(), True),
+        (BrokenPipeError(), True),
+        (TimeoutError(), False),
+        (OSError(), False),
+    ],
+)
+def test_only_a_connection_that_somebody_ended_tells_of_a_death(reason: Exception | None, has_died: bool) -> None:
+    async def story() -> None:
+        async with open_scene() as scene:
+            request = await scene.ask()
+            connection = scene.dialling.connection(scene.worker.address)
+            assert connection is not None
+            connection.connection_lost(reason)
+            with pytest.raises(WorkerLost) as raised:
+                await anext(request)
+            assert isinstance(raised.value, WorkerDied) is has_died
+
+    asyncio.run(story())
+
+
+def test_a_worker_that_breaks_off_once_more_while_it_dies_is_known_as_gone_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dialling, "_REST_S", 0.01)
+
+    async def story() -> None:
+        async with open_scene() as scene:
+            scene.worker.answer = Refusal(str(WorkerLost("going")))
+            scene.worker.writers[-1].transport.abort()
+            await until(lambda: scene.worker.num_connections == 2, "the second attempt")
+            scene.server.close()
+
+            def is_lost() -> bool:
+                try:
+                    return scene.dialling.connection(scene.worker.address) is not None
+                except WorkerLost:
+                    return True
+
+            await until(is_lost, "the worker to be known as gone")
+            assert scene.client.has_gone(scene.worker.address)
+
+    asyncio.run(story())
+
+
 def test_a_worker_whose_host_says_that_nobody_listens_any_more_is_lost_without_asking_triton() -> None:
     async def story() -> None:
         async with open_scene() as scene:
             scene.server.close()
             scene.worker.writers[-1].transport.abort()
-            await until(lambda: bool(scene.dialling._gone), "the worker to be known as gone")
+            assert not scene.client.has_gone(scene.worker.address)
+            await until(lambda: scene.client.has_gone(scene.worker.address), "the worker to be known as gone")
             with pytest.raises(WorkerLost, match="no longer listens"):
                 WorkerRequest(scene.client, scene.worker.address, COMMAND, PROMPT)
             assert scene.triton.commands == []

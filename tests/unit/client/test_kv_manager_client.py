@@ -12,7 +12,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from kelp.client.base import WorkerAddress
 from kelp.client.grpc import GrpcKvManagerClient
-from kelp.core.errors import CapacityError, DeadlineExceeded, ProtocolError, WorkerLost
+from kelp.core.errors import CapacityError, DeadlineExceeded, PeerRefused, ProtocolError, WorkerLost
 from kelp.core.kv_manager_messages import (
     Clear,
     Done,
@@ -25,8 +25,10 @@ from kelp.core.kv_manager_messages import (
     decode_operations,
     encode_batch,
 )
+from kelp.core.peer_auth import KV_OPERATIONS_PROOF, KV_RESULTS_PROOF, PeerToken, proof_in, seal, unseal
 
 Answer = Callable[[list[Operation]], bytes]
+TOKEN = PeerToken(b"t" * 16)
 
 
 class ManagerDouble(service_pb2_grpc.GRPCInferenceServiceServicer):
@@ -34,6 +36,8 @@ class ManagerDouble(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     def __init__(self, answer: Answer) -> None:
         self._answer = answer
+        self.tokens: tuple[PeerToken | None, PeerToken | None] = (None, None)
+        self.scope: tuple[str, ...] = ()
         self.batches: list[list[Operation]] = []
         self.is_silent = False
         self.error = ""
@@ -43,9 +47,11 @@ class ManagerDouble(service_pb2_grpc.GRPCInferenceServiceServicer):
             await asyncio.Event().wait()
         if self.error:
             await context.abort(grpc.StatusCode.UNAVAILABLE, self.error)
-        operations = decode_operations(request.raw_input_contents[0][4:])
+        asked = request.raw_input_contents[0][4:]
+        operations = decode_operations(unseal(self.tokens[0], KV_OPERATIONS_PROOF, self.scope, asked))
         self.batches.append(operations)
-        raw = self._answer(operations)
+        results = self._answer(operations)
+        raw = seal(self.tokens[1], KV_RESULTS_PROOF, self.scope, results, proof_in(asked))
         response = service_pb2.ModelInferResponse(model_name=request.model_name)
         response.outputs.add(name="results", datatype="BYTES", shape=(1,))
         response.raw_output_contents.append(len(raw).to_bytes(4, "little") + raw)
@@ -58,14 +64,17 @@ def right(operations: list[Operation]) -> bytes:
 
 
 @contextlib.asynccontextmanager
-async def rig(answer: Answer = right) -> AsyncIterator[tuple[GrpcKvManagerClient, WorkerAddress, ManagerDouble]]:
+async def rig(
+    answer: Answer = right, token: PeerToken | None = None
+) -> AsyncIterator[tuple[GrpcKvManagerClient, WorkerAddress, ManagerDouble]]:
     server, double = grpc.aio.server(), ManagerDouble(answer)
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(double, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    client = GrpcKvManagerClient()
+    client = GrpcKvManagerClient(token)
+    double.scope = (f"127.0.0.1:{port}/kv_block_manager", "epoch" if token else "")
     try:
-        yield client, WorkerAddress(f"127.0.0.1:{port}", "kv_block_manager"), double
+        yield client, WorkerAddress(f"127.0.0.1:{port}", "kv_block_manager", epoch=double.scope[1]), double
     finally:
         await client.close()
         await server.stop(None)
@@ -82,6 +91,21 @@ def test_quick_operations_that_come_together_travel_together_and_slow_ones_alone
             assert await asyncio.gather(*calls) == [[Stats({"a": 1.0}), Done(7)], [Done(3)], [Renewed((1,))]]
             kinds = sorted([type(operation).__name__ for operation in batch] for batch in double.batches)
             assert kinds == [["Clear"], ["GetStats", "Pin", "Renew"]]
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize("answered_with", [TOKEN, None, PeerToken(b"o" * 16)], ids=["it", "nothing", "another"])
+def test_what_a_manager_answers_counts_if_it_knows_the_token(answered_with):
+    async def scene():
+        async with rig(token=TOKEN) as (client, address, double):
+            double.tokens = (TOKEN, answered_with)
+            asked = client.call(address, [Pin((), 1.0)], 5.0)
+            if answered_with is TOKEN:
+                assert await asked == [Done(7)]
+            else:
+                with pytest.raises(PeerRefused, match="kv results"):
+                    await asked
 
     asyncio.run(scene())
 

@@ -151,3 +151,58 @@ def test_closing_sends_what_is_queued() -> None:
     busy.end()
     outbox.close()
     assert sent == [1]
+
+
+def test_an_item_that_is_the_next_one_due_can_be_sent_by_whoever_has_it(outbox: Outbox[int]) -> None:
+    threads: list[int] = []
+    lane = outbox.lane(lambda _: threads.append(threading.get_ident()))
+    lane.send(1)
+    assert threads == [threading.get_ident()]
+
+
+def test_whoever_has_an_item_does_not_send_it_past_the_one_that_the_thread_sends(outbox: Outbox[int]) -> None:
+    sent: list[int] = []
+    busy = Busy(outbox)
+    outbox.lane(sent.extend).send(1)
+    assert sent == []
+    busy.end()
+    wait_until(lambda: sent == [1])
+
+
+def test_what_a_stream_gains_while_its_owner_sends_goes_out_after_it_from_the_thread(outbox: Outbox[int]) -> None:
+    sent: list[tuple[str, list[int]]] = []
+
+    def flush(items: list[int]) -> None:
+        if items == [1]:
+            lane.put(2)
+            lane.send(3)
+        sent.append((threading.current_thread().name, items))
+
+    lane = outbox.lane(flush)
+    lane.send(1)
+    wait_until(lambda: len(sent) == 2)
+    assert sent == [(threading.current_thread().name, [1]), ("outbox under test", [2, 3])]
+
+
+def test_an_owner_whose_own_sending_fails_hears_of_it_as_of_any_other(outbox: Outbox[int]) -> None:
+    failures: list[Exception] = []
+
+    def fail(_items: list[int]) -> None:
+        raise RuntimeError("the pipe is gone")
+
+    lane = outbox.lane(fail, failures.append)
+    lane.send(1)
+    lane.send(2)
+    assert [str(error) for error in failures] == ["the pipe is gone"]
+
+
+def test_an_item_that_another_one_follows_at_once_wakes_nobody_and_goes_out_with_that_one(outbox: Outbox[int]) -> None:
+    sent: list[list[int]] = []
+    lane = outbox.lane(sent.append)
+    lane.add(1)
+    other: list[int] = []
+    outbox.lane(other.extend).put(0)
+    wait_until(lambda: other == [0])
+    assert sent == []
+    lane.put(2)
+    wait_until(lambda: sent == [[1, 2]])

@@ -5,9 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from mock_rig import VOCABULARY, executor_config, request, write_mock_model
 
@@ -17,9 +19,12 @@ from kelp.core.errors import ConfigError, InternalError, NotSupported
 from kelp.core.guide_spec import GuideSpec
 from kelp.core.types import Role
 from kelp.executor.base import Completed, ExecutorEvent, Failed, Reserved, Tokens
+from kelp.executor.batching.batch import Chunk
 from kelp.executor.mock.executor import Delays, MockExecutor
+from kelp.executor.mock.fatal import FatalRunner
 from kelp.executor.mock.language import EMPTY, next_states
 from kelp.executor.mock.load import load_mock_executor, load_mock_parts
+from kelp.executor.mock.runner import MockRunner
 from support.waiting import wait_until
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
@@ -163,3 +168,21 @@ def test_a_mock_worker_starts_without_the_imports_that_cost_most(folder: Path, t
     command = [sys.executable, "-c", _WORKER, str(folder), transport]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
+
+
+def test_only_a_step_that_computes_the_fatal_token_crashes() -> None:
+    launched: list[Sequence[Chunk]] = []
+    ends: list[str] = []
+    inner = SimpleNamespace(launch=launched.append)
+    runner = FatalRunner(inner, 7, end=lambda: ends.append("crash"))
+    harmless, fatal = (Chunk(np.array(tokens, dtype=np.int32), 0, ()) for tokens in ([1, 2, 17], [3, 7]))
+    runner.launch([harmless])
+    assert ends == [] and launched == [[harmless]]
+    runner.launch([harmless, fatal])
+    assert ends == ["crash"]
+
+
+def test_without_a_fatal_token_nothing_stands_between_engine_and_runner(folder: Path) -> None:
+    assert isinstance(load_mock_parts(folder, executor_config(), MockConfig()).batching.runner, MockRunner)
+    fatal = MockConfig(fatal_token_id=0)
+    assert isinstance(load_mock_parts(folder, executor_config(), fatal).batching.runner, FatalRunner)

@@ -1,23 +1,26 @@
 """The thread around the engine, with a model that fails."""
 
 import logging
+import math
 import queue
+import threading
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
 
-from kelp.core.clock import SystemClock
-from kelp.core.errors import InternalError, InvalidRequest, NotFound
+from kelp.core.clock import Clock, FakeClock, SystemClock
+from kelp.core.errors import EngineFailed, InvalidRequest, NotFound
 from kelp.core.hashing import seed_hash
 from kelp.core.messages import SamplingParams
 from kelp.core.types import KVLayout, Role
 from kelp.executor.base import Completed, ExecutorEvent, ExecutorLimits, ExecutorRequest, Failed, PoolMemory
-from kelp.executor.batching.batch import Chunk, Finished, Sampled
+from kelp.executor.batching.batch import Chunk, Finished, ModelRunner, Sampled
 from kelp.executor.batching.engine import EngineRules
 from kelp.executor.batching.executor import BatchingExecutor, BatchingExecutorParts
 from kelp.executor.batching.history import SequenceRules
 from kelp.executor.batching.scheduler import SchedulerLimits
+from support.waiting import wait_until
 
 POISON = 13
 DIGEST = "0f" * 16
@@ -31,19 +34,38 @@ class PoisonedRunner:
         return Finished([Sampled(1, -0.1) for chunk in chunks for _ in chunk.samples])
 
 
-@pytest.fixture
-def executor() -> Iterator[BatchingExecutor]:
-    executor = BatchingExecutor(
+class StuckRunner:
+    def __init__(self) -> None:
+        self.has_begun, self.may_end = threading.Event(), threading.Event()
+
+    def launch(self, chunks: Sequence[Chunk]) -> Finished:
+        self.has_begun.set()
+        assert self.may_end.wait(WAIT_S)
+        return Finished([Sampled(1, -0.1) for chunk in chunks for _ in chunk.samples])
+
+
+class DyingRunner:
+    def launch(self, chunks: Sequence[Chunk]) -> Finished:
+        raise SystemExit
+
+
+def executor_of(runner: ModelRunner, clock: Clock) -> BatchingExecutor:
+    return BatchingExecutor(
         BatchingExecutorParts(
-            runner=PoisonedRunner(),
+            runner=runner,
             layout=KVLayout(8, 1, 1, 4, 8, "float32", "poisoned"),
             limits=ExecutorLimits(32, 20, (), {"sql": DIGEST}),
             memory=PoolMemory(4096, 1, "cpu", None),
             rules=EngineRules(SequenceRules(4, ()), SchedulerLimits(16, 4, True), 20),
             max_waiting=4,
         ),
-        SystemClock(),
+        clock,
     )
+
+
+@pytest.fixture
+def executor() -> Iterator[BatchingExecutor]:
+    executor = executor_of(PoisonedRunner(), SystemClock())
     yield executor
     executor.close()
 
@@ -64,7 +86,7 @@ def end_of(executor: BatchingExecutor, request_id: str, token: int, **fields: st
 def test_a_failing_step_fails_its_requests_and_the_engine_serves_the_next(executor, caplog):
     with caplog.at_level(logging.CRITICAL, logger="kelp.executor.batching.executor"):
         end = end_of(executor, "bad", POISON)
-    assert isinstance(end, Failed) and isinstance(end.error, InternalError)
+    assert isinstance(end, Failed) and isinstance(end.error, EngineFailed)
     assert "out of memory" in end.error.text
     assert isinstance(end_of(executor, "good", 1), Completed)
     load = executor.load()
@@ -74,6 +96,32 @@ def test_a_failing_step_fails_its_requests_and_the_engine_serves_the_next(execut
 def test_blocks_of_a_failed_step_never_enter_the_prefix_cache(executor):
     assert isinstance(end_of(executor, "bad", POISON), Failed)
     assert executor.load().num_cached_blocks == 0
+
+
+def test_a_step_that_does_not_end_shows_in_the_load():
+    runner, clock = StuckRunner(), FakeClock()
+    executor = executor_of(runner, clock)
+    thread = threading.Thread(target=end_of, args=(executor, "stuck", 1))
+    thread.start()
+    try:
+        assert runner.has_begun.wait(WAIT_S)
+        clock.advance(70.0)
+        assert executor.load().step_s == 70.0
+    finally:
+        runner.may_end.set()
+        thread.join()
+        executor.close()
+    assert executor.load().step_s == 0.0
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_whose_thread_has_died_is_stuck_for_ever():
+    executor = executor_of(DyingRunner(), SystemClock())
+    sampling = SamplingParams(max_tokens=2)
+    prompt = np.asarray([1] * 5, np.int32)
+    executor.submit(ExecutorRequest("r", prompt, Role.AGGREGATED, sampling, seed_hash("m"), lambda _: None))
+    wait_until(lambda: executor.load().step_s == math.inf, "the end of the thread")
+    executor.close()
 
 
 def test_an_adapter_is_refused_unless_its_name_is_known_and_its_content_is_what_the_blocks_are_named_after(executor):

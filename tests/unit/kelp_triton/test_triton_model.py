@@ -14,7 +14,7 @@ from pb_double import InferenceRequest, InferenceResponse, MetricFamily, Request
 
 from kelp.core.config import CONFIG_ENV
 from kelp.core.errors import CapacityError, ConfigError, WorkerLost
-from kelp.core.metrics import LEASES, REQUESTS, TTFT, Metrics
+from kelp.core.metrics import LEASES, MODEL_RESTARTS, REQUESTS, TTFT, Metrics
 from kelp_triton.bls import BlsClient
 from kelp_triton.exchange import Exchange
 from kelp_triton.loop import LoopThread
@@ -150,6 +150,17 @@ def test_a_model_reads_its_own_parameters() -> None:
     model.initialize(arguments(**{"executor.dtype": "float32", "router.idle_timeout_s": "7"}))
     model.finalize()
     assert (model.config.executor.dtype, model.config.router.idle_timeout_s) == ("float32", 7.0)
+
+
+def test_a_model_that_was_loaded_again_says_how_often() -> None:
+    for parameters, restarts in (({}, 0.0), ({"epoch": "3"}, 3.0), ({"epoch": "of another kind"}, None)):
+        model = ModelUnderTest()
+        model.initialize(arguments(**parameters))
+        try:
+            _, gauges, _ = model.metrics.take()
+            assert gauges.get((MODEL_RESTARTS, (("model", "llm"),))) == restarts
+        finally:
+            model.finalize()
 
 
 def test_a_misspelt_parameter_fails_the_load_by_name() -> None:

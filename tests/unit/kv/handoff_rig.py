@@ -15,6 +15,7 @@ from kelp.core.config import HandoffConfig
 from kelp.core.errors import KelpError, from_message
 from kelp.core.handoff_messages import HANDOFF_EVENT, HandoffEvent, HandoffFailed
 from kelp.core.messages import Rendezvous
+from kelp.core.peer_auth import PeerToken
 from kelp.core.types import BlockId, KVLayout
 from kelp.core.wire import Message, decode_message, encode_message
 from kelp.kv.handoff import FetchPlan, FetchResult, HandoffReader, HandoffServer, Offer
@@ -113,9 +114,10 @@ async def open_rig(
     prefill_layout: KVLayout = LAYOUT,
     decode_agent_type: type[LocalAgent] = LocalAgent,
     max_readers: int = 8,
+    tokens: tuple[PeerToken | None, PeerToken | None] = (None, None),
     **config: float,
 ) -> AsyncIterator[Rig]:
-    """A rig whose clocks stand still; `config` overrides `HandoffConfig`."""
+    """A rig whose clocks stand still; `tokens` of prefill and decode; `config` overrides `HandoffConfig`."""
     settings = HandoffConfig(transport="local", **{"lease_ttl_s": TTL_S, "attach_timeout_s": 5.0, **config})
     faults, prefill_clock, decode_clock = ReadFaults(), FakeClock(), FakeClock(5000.0)
     prefill_agent, decode_agent = LocalAgent("prefill"), decode_agent_type("decode", faults)
@@ -125,8 +127,8 @@ async def open_rig(
     prefill_agent.register(region, remote)
     decode_agent.register(pool_region(LAYOUT, local.ctypes.data, "cpu"), local)
     description = describe_pool(prefill_agent, prefill_layout, region, "prefill", EPOCH)
-    server = HandoffServer(description, settings, prefill_clock, max_readers)
-    reader = HandoffReader(decode_agent, LAYOUT, settings, decode_clock)
+    server = HandoffServer(description, settings, prefill_clock, max_readers, tokens[0])
+    reader = HandoffReader(decode_agent, LAYOUT, settings, decode_clock, tokens[1])
     endpoint = await server.start("127.0.0.1")
     channel = grpc.aio.insecure_channel(endpoint)
     try:

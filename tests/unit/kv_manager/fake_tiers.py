@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from kelp.core.errors import RetryableTransferError
 from kelp.core.types import SequenceHash
 from kelp.kv.tiers.base import BlockRecord
 from kelp.transport.base import Region
@@ -82,6 +83,7 @@ class FakeDisk:
         self.num_slots = memory.num_slots
         self.num_writes = 0
         self.stuck: set[int] = set()
+        self.owes_wipes = False
         self.events = {"corrupt": 0}
 
     @property
@@ -131,6 +133,7 @@ class StoreMemory:
     group_blocks: int = 2
     blocks: dict[tuple[bytes, SequenceHash], tuple[bytes, BlockRecord]] = field(default_factory=dict)
     is_available: bool = True
+    num_failing_puts: int = 0
 
 
 class FakeObjects:
@@ -140,9 +143,11 @@ class FakeObjects:
         self.memory = memory
         self._arena = arena
         self.num_finds = 0
+        self.num_refreshes = 0
         self.stuck: set[int] = set()
         self.events = {"damaged": 0, "missing": 0}
         self.stored_bytes = 0
+        self.owed: frozenset[bytes | None] = frozenset()
 
     @property
     def is_available(self) -> bool:
@@ -158,6 +163,9 @@ class FakeObjects:
 
     def put(self, arena_slots: Sequence[int], records: Sequence[BlockRecord]) -> bool:
         if not self.is_available:
+            return False
+        if self.memory.num_failing_puts:
+            self.memory.num_failing_puts -= 1
             return False
         assert len(records) == self.group_blocks and records[0].position % self.group_blocks == 0
         for slot, record in zip(arena_slots, records, strict=True):
@@ -197,13 +205,24 @@ class FakeObjects:
                 self.memory.blocks[key] = (content[:-1] + bytes([content[-1] ^ 1]), record)
 
     def forget(self, tenant: bytes | None) -> int:
+        self.owed |= {tenant}
+        self._check_available()
+        self.owed -= {tenant}
         gone = [key for key in self.memory.blocks if tenant in (None, key[0])]
         for key in gone:
             del self.memory.blocks[key]
         return len(gone)
 
     def refresh(self) -> Iterable[tuple[SequenceHash, ...]]:
+        self._check_available()
+        self.num_refreshes += 1
+        for tenant in self.owed:
+            self.forget(tenant)
         return [(name,) for _, name in self.memory.blocks]
 
     def close(self) -> None:
         return
+
+    def _check_available(self) -> None:
+        if not self.is_available:
+            raise RetryableTransferError("object store: left alone (open)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -35,6 +36,7 @@ from kelp.kv.eviction.catalogue import make_policy
 from kelp.kv.manager.parts import ManagerParts, Tiers
 from kelp.kv.manager.service import KvBlockManager
 from kelp.kv.manager.space import Space
+from kelp.kv.tiers.clears import ClearJournal
 from kelp.transport.base import Region, TransferState
 from kelp.transport.local import LocalAgent, ReadFaults
 from support.waiting import until
@@ -68,6 +70,7 @@ class Host:
     settings: dict[str, str] = field(default_factory=dict)
     clock: Clock = field(default_factory=SystemClock)
     faults: ReadFaults = field(default_factory=ReadFaults)
+    journal: Path | None = None
 
     def __post_init__(self) -> None:
         self.memory = ArenaMemory.new(self.num_slots, BLOCK_BYTES)
@@ -82,7 +85,8 @@ class Host:
         arena = self.arena = FakeArena(self.memory)
         self.disk = FakeDisk(self.disk_memory, arena) if self.disk_memory is not None else None
         self.objects = FakeObjects(self.store, arena) if self.store is not None else None
-        return Tiers(arena, self.disk, self.objects)
+        journal = ClearJournal(self.journal) if self.journal is not None else None
+        return Tiers(arena, self.disk, self.objects, journal)
 
     def config(self) -> KelpConfig:
         return load_config({"events.enabled": "false", "kv_manager.eviction": "lru", **self.settings})
@@ -213,4 +217,6 @@ async def settled(manager: KvBlockManager) -> None:
         await until(lambda: writes.is_idle and not writes.num_waiting, "writes to disk")
     if space.object_writes is not None:
         puts = space.object_writes
-        await until(lambda: puts.is_idle and not puts.num_waiting, "writes to the store")
+        later = space._store.catching_up
+        is_still = lambda: puts.is_idle and not puts.num_waiting and not later.is_busy  # noqa: E731
+        await until(is_still, "writes to the store")

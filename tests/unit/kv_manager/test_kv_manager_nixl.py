@@ -13,6 +13,7 @@ import pytest
 from manager_rig import TENANT, prompt_hashes
 
 from kelp.core.config_kv import default_arena_folder
+from kelp.core.hashing import tenant_digest
 from kelp.core.kv_manager_messages import (
     Await,
     Commit,
@@ -31,7 +32,8 @@ from kelp.core.kv_manager_messages import (
     decode_results,
     encode_batch,
 )
-from kelp.core.types import BlockId
+from kelp.core.types import BlockId, Tier
+from kelp.kv.tiers.clears import ClearJournal, OwedClear
 from kelp.kv.tiers.records import checksum
 from kelp.transport import open_agent
 from kelp.transport.base import Region, TransferState
@@ -50,6 +52,8 @@ SPACE = SpaceRecord(
 BLOCK_BYTES = 2 * 2 * 2 * 16 * 64 * 2
 NUM_BLOCKS = 24
 HASHES = prompt_hashes(NUM_BLOCKS)
+OTHER_TENANT = tenant_digest("other")
+OTHERS = prompt_hashes(1, "other")
 
 
 class ManagerProcess:
@@ -150,13 +154,22 @@ def test_blocks_survive_the_manager_and_reach_another_worker_byte_for_byte(tmp_p
         assert manager.ask(Commit("first", "e", 1)) == Done(NUM_BLOCKS)
         assert second.onboard(manager, 1).num_blocks == NUM_BLOCKS
         assert np.array_equal(second.pool, first.pool)
+        theirs = tuple(OfferedBlock(name, b"", 0, 0) for name in OTHERS)
+        assert manager.ask(Store("first", "e", 2, OTHER_TENANT, 20.0, theirs)) == Stored(len(OTHERS), 0)
+        assert manager.ask(Commit("first", "e", 2)) == Done(len(OTHERS))
 
         manager.kill()
+        # As if it had been killed as soon as it had taken the clear on.
+        (space_folder,) = disk.glob("v*")
+        ClearJournal(space_folder / "clears").save([OwedClear(OTHER_TENANT, frozenset({Tier.HOST, Tier.DISK}))])
         second.pool[:] = 0
         manager = ManagerProcess(folder, disk)
         assert second.onboard(manager, 2).tiers == (0, NUM_BLOCKS, 0, 0)
         assert np.array_equal(second.pool, first.pool)
-        wait_until(lambda: manager.num_on_disk() == NUM_BLOCKS, "all blocks on disk")
+        wait_until(lambda: manager.num_on_disk() == NUM_BLOCKS, "all blocks on disk, and the cleared ones on none")
+        wait_until(lambda: not (space_folder / "clears").exists(), "the clear is finished")
+        found = manager.ask(Onboard("second", "e", 9, OTHER_TENANT, tuple(OTHERS), 0, 0.0, 30.0))
+        assert found.num_blocks == 0
         assert manager.end() == 0
         assert not folder.exists(), "an orderly stop leaves no memory behind"
 

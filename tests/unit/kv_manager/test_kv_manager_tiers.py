@@ -231,8 +231,8 @@ def test_slots_that_a_failed_read_may_still_touch_are_kept_out_of_use():
             space = space_of(manager)
             await until(lambda: space.host.shelf.slots.count(SlotState.FILLING) == 6, "all in quarantine")
             host.disk.stuck = set()
-            for quarantine in space._quarantines:
-                await quarantine.sweep()
+            for side in space._below:
+                await side.quarantine.sweep()
             assert space.host.shelf.slots.count(SlotState.FREE) == 6
 
     run(scene)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 
+import msgspec
 import pytest
 from fake_tiers import StoreMemory
 from manager_rig import Host, Worker, content_of, prompt_hashes, settled, space_of
 
-from kelp.core.kv_manager_messages import GetStats, Stats
+from kelp.core.kv_manager_messages import GetStats, Joined, Stats
 from kelp.kv.manager.host import HostTier
 
 HASHES = prompt_hashes(6)
@@ -57,6 +59,23 @@ def test_recovered_blocks_are_checked_before_they_are_leased(monkeypatch: pytest
             assert worker.read(leased) == [content_of(name) for name in HASHES[:3]]
             assert space_of(manager).host.num_unverified == 0
             assert (await stats(worker))['kelp_kv_tier_corrupt_blocks_total{tier="host"}'] == 1
+
+    run(scene)
+
+
+def test_the_manager_takes_the_checksum_of_what_has_arrived_also_from_a_pool_on_a_gpu():
+    async def scene():
+        host = Host()
+        async with host.manager() as manager:
+            worker = Worker(manager)
+            join = worker.join_operation()
+            worker._agent._region = dataclasses.replace(worker._agent.region, device="cuda:0")
+            pool = msgspec.structs.replace(join.pool, device="cuda:0")
+            assert isinstance(await worker.ask(msgspec.structs.replace(join, pool=pool)), Joined)
+            await worker.store(HASHES)
+            assert len(host.memory.records) == 6
+            for slot, record in host.memory.records.items():
+                assert record.checksum == host.arena.checksum(slot, record.sequence_hash)
 
     run(scene)
 

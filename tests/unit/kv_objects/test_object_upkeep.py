@@ -42,6 +42,7 @@ def test_clearing_a_tenant_removes_its_objects_whoever_wrote_them(
     bucket.write("kelp/notes.txt", b"of somebody else")
 
     assert host.tier.forget(mine.tenant) == 5
+    assert host.tier.owed == frozenset()
     assert [mine.tenant.hex() in key for key in bucket.list_keys()] == [False] * 3
     assert (host.find(mine), host.find(theirs), host.find(kept)) == (0, 0, 2 * GROUP_BLOCKS)
     assert other.get(theirs, 0, GROUP_BLOCKS) == [None] * GROUP_BLOCKS
@@ -105,6 +106,7 @@ def test_without_credentials_the_tier_is_unavailable_and_costs_nothing(
     assert (host.put(story), host.find(story)) == (False, 0)
     with pytest.raises(RetryableTransferError):
         host.tier.forget(None)
+    assert host.tier.owed == {None}, "to be gone on with"
     host.close()
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from kelp.core.clock import FakeClock
-from kelp.kv.tiers.admission import Admission, OfferFilter, WriteBudget
+from kelp.kv.tiers.admission import OfferFilter, WriteBudget
 from support.tier_rig import name
 
 
@@ -48,12 +48,12 @@ def test_no_bound_allows_everything() -> None:
     assert all(budget.allows(2**40) for _ in range(10))
 
 
-def test_a_block_refused_for_the_budget_keeps_its_offers() -> None:
-    clock = FakeClock()
-    admission = Admission(OfferFilter(2, max_known=10), WriteBudget(100, 100, clock), block_bytes=100)
-    assert not admission.admit(name(1))
-    assert admission.admit(name(1))
-    assert not admission.admit(name(2))
-    assert not admission.admit(name(2))
-    clock.advance(1.0)
-    assert admission.admit(name(2))
+def test_a_block_that_was_admitted_and_not_written_stays_admitted() -> None:
+    offers = OfferFilter(2, max_known=10)
+    assert not offers.admits(name(1))
+    assert not offers.has_admitted(name(1)), "one offer more is needed"
+    assert offers.admits(name(1))
+    offers.restore(name(1))
+    assert offers.has_admitted(name(1))
+    assert offers.admits(name(1))
+    assert OfferFilter(1, max_known=1).has_admitted(name(2)), "one offer is enough"

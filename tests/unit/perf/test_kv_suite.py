@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import struct
+import sys
 
 import pytest
-from perf.kv import evict, offload, onboard, rates, synthetic
+from perf.kv import evict, markdown, offload, onboard, rates, synthetic
 from perf.kv.asking import Reply, make_request
 from perf.kv.break_even import MAX_TOKENS, break_even_tokens, fit_line
 from perf.kv.onboard import Samples, fault_of
 from perf.kv.synthetic_messages import SyntheticResult, SyntheticSpec
 from perf.kv.tier_messages import TierRates
-from perf.rows import Comparison, Measurement, judge
+from perf.reporter import Reporter
+from perf.rows import Comparison, Measurement, RunContext, judge
 from perf.stats import Pair, Ratio
-from perf.suites import SUITES
+from perf.suites import SUITES, kv
 
 from kelp.core.types import Tier
 
@@ -156,3 +158,29 @@ def test_a_request_names_its_tokens_and_its_worker():
     names = [tensor.name for tensor in request.inputs]
     raw = request.raw_input_contents[names.index("input_ids")]
     assert struct.unpack("<3i", raw) == (5, 6, 7)
+
+
+def test_the_tables_of_the_documentation_have_a_place_for_every_row_of_a_run():
+    figures = {"value": 100.0, "reference_value": 200.0, "ratio": 2.0, "ratio_low": 1.9, "ratio_high": 2.1}
+    required = [row for row in SUITES["kv"].required if row.metric != "stored_share"]
+    lines = [json.dumps({"case": row.case, "metric": row.metric, **figures}) for row in required]
+    full, empty = list(markdown.tables(markdown.read_rows(lines))), list(markdown.tables({}))
+    assert len(full) == len(empty)
+    assert not any("|  |" in line for line in full)
+    for row in required:
+        assert any(f"`{row.case}`" in line for line in empty)
+    assert "| `onboard_2048` | 200 | 100: 2.00 (1.90-2.10) |" in "\n".join(full)
+
+
+def test_a_part_that_breaks_is_explained_and_leaves_the_others_alone(tmp_path, capsys):
+    context = RunContext("kv", "c", "m", 0.0)
+    reporter = Reporter(context, rates.REQUIRED[:1], tmp_path / "rows.jsonl", sys.stdout)
+
+    def breaks() -> None:
+        raise OSError("no space")
+
+    kv._part(reporter, "rates", rates.REQUIRED, breaks)
+    reporter.add_missing()
+    (row,) = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
+    assert (row["ok"], row["reason"]) == (False, "OSError: no space")
+    assert "Traceback" in capsys.readouterr().out

@@ -34,6 +34,17 @@ def test_a_router_is_found_until_it_withdraws(routers: RouterDirectory, clock: F
     assert routers.snapshot() == []
 
 
+def test_an_earlier_incarnation_does_not_replace_a_later_one_that_lives(
+    routers: RouterDirectory, clock: FakeClock
+) -> None:
+    routers.publish(record(epoch=2))
+    routers.publish(record(epoch=1))
+    assert [found.epoch for found in routers.snapshot()] == [2]
+    clock.advance(EXPIRY_S + 1)
+    routers.publish(record(epoch=1))
+    assert [found.epoch for found in routers.snapshot()] == [1]
+
+
 def test_an_earlier_incarnation_does_not_withdraw_a_later_one(routers: RouterDirectory) -> None:
     routers.publish(record(epoch=2))
     routers.withdraw(record().router_id, 1)

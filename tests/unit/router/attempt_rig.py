@@ -25,12 +25,12 @@ TICKET_PREFILL = prefill_record(handoff_shape=HandoffShape.TICKET)
 class Trial:
     """An attempt with its workers; everything relayed is in `tokens`."""
 
-    def __init__(self, prefill: WorkerRecord | None, request: Job, idle_timeout_s: float) -> None:
+    def __init__(self, prefill: WorkerRecord | None, request: Job, **patience: float) -> None:
         self.workers = FakeWorkers(*filter(None, (prefill, DECODE)))
         self.tokens: list[int] = []
         self.request = request
         self.closer = StreamCloser()
-        parts = attempt_parts(self.workers, self.closer, idle_timeout_s)
+        parts = attempt_parts(self.workers, self.closer, **patience)
         self.placement = on_paper(Decision(RoutingRequest(4, ()), DECODE, prefill))
         self.attempt = Attempt(parts, request, self.placement, lambda output: self.tokens.extend(output.token_ids))
 
@@ -50,12 +50,12 @@ def play(
     story: Story,
     prefill: WorkerRecord | None = None,
     request: Job | None = None,
-    idle_timeout_s: float = 60.0,
+    **patience: float,
 ) -> None:
     """Tell `story` beside a running attempt, in virtual time."""
 
     async def scene() -> None:
-        trial = Trial(prefill, request or job(), idle_timeout_s)
+        trial = Trial(prefill, request or job(), **patience)
         running = asyncio.ensure_future(trial.attempt.run())
         await trial.settle()
         await story(trial, running)

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +34,7 @@ from kelp.core.types import FinishReason, Role, WorkerState
 from kelp.core.wire import encode_message
 from kelp.registry.base import LayoutRecord, WorkerRecord
 from kelp.router.admission import Admission
-from kelp.router.attempt import AttemptParts
+from kelp.router.attempt import AttemptParts, Patience
 from kelp.router.capacity import Capacity
 from kelp.router.decision.selector import Decision, Selector, SelectorMode
 from kelp.router.decision.workers import WorkerTable
@@ -137,8 +137,10 @@ class FakeWorkers:
     def __init__(self, *records: WorkerRecord) -> None:
         self.known = list(records)
         self.dead: set[str] = set()
+        self.gone: set[str] = set()
         self.arriving: list[WorkerRecord] = []
         self.streams: list[FakeStream] = []
+        self.num_refreshes = 0
 
     def generate(
         self, address: WorkerAddress, command: GenerateCommand, prompt: npt.NDArray[np.int32], receive: Receive
@@ -150,6 +152,9 @@ class FakeWorkers:
     async def control(self, address: WorkerAddress, command: DrainCommand | None) -> WorkerStatus:
         raise NotImplementedError
 
+    def has_gone(self, address: WorkerAddress) -> bool:
+        return address.model_name in self.gone
+
     async def close(self) -> None:
         raise NotImplementedError
 
@@ -157,6 +162,7 @@ class FakeWorkers:
         return self.known
 
     async def refresh(self) -> None:
+        self.num_refreshes += 1
         self.known, self.arriving = [*self.known, *self.arriving], []
 
     def is_alive(self, worker_id: str, epoch: str) -> bool:
@@ -188,8 +194,9 @@ def job(num_tokens: int = 4, seconds_left: float = 60.0, generated: tuple[int, .
     )
 
 
-def attempt_parts(workers: FakeWorkers, closer: StreamCloser, idle_timeout_s: float = 60.0) -> AttemptParts:
-    return AttemptParts(workers, workers, FakeClock(), idle_timeout_s, closer.retire)
+def attempt_parts(workers: FakeWorkers, closer: StreamCloser, **patience: float) -> AttemptParts:
+    """`patience` overrides `RouterConfig`."""
+    return AttemptParts(workers, workers, FakeClock(), Patience.of(RouterConfig(**patience)), closer.retire)
 
 
 class FakePreprocess:
@@ -332,7 +339,7 @@ async def open_router(*records: WorkerRecord, **config: object) -> AsyncIterator
         preprocess=preprocess,
         text=FakeText(),
         placer=desk.placer,
-        attempts=attempt_parts(workers, closer, settings.idle_timeout_s),
+        attempts=replace(attempt_parts(workers, closer), patience=Patience.of(settings)),
         cancel_watch=watch,
         outbox=outbox,
         clock=FakeClock(),

@@ -8,7 +8,7 @@ import pytest
 from attempt_rig import PREFILL, Trial, play
 from router_rig import record
 
-from kelp.core.errors import InternalError, WorkerLost
+from kelp.core.errors import InternalError, WorkerDied, WorkerLost, WorkerStuck
 from kelp.core.messages import Finished
 from kelp.core.types import FinishReason
 
@@ -39,7 +39,16 @@ def test_a_silent_worker_whose_heartbeat_stopped_is_lost_within_two_checks() -> 
 def test_a_restarted_worker_is_another_one() -> None:
     async def story(trial: Trial, running: asyncio.Task[Finished]) -> None:
         trial.workers.known = [record("decode", epoch="a later one")]
-        with pytest.raises(WorkerLost, match="stopped its heartbeat"):
+        with pytest.raises(WorkerDied, match="stopped its heartbeat"):
+            await running
+
+    play(story)
+
+
+def test_a_worker_that_no_longer_listens_has_died_whatever_the_registry_says() -> None:
+    async def story(trial: Trial, running: asyncio.Task[Finished]) -> None:
+        trial.workers.gone.add("decode")
+        with pytest.raises(WorkerDied, match="no longer listens"):
             await running
 
     play(story)
@@ -79,6 +88,32 @@ def test_keep_alives_postpone_the_idle_timeout_and_are_not_relayed() -> None:
         assert trial.tokens == [1]
 
     play(story, idle_timeout_s=20.0)
+
+
+def test_a_worker_that_lives_but_never_says_its_first_token_is_stuck() -> None:
+    async def story(trial: Trial, running: asyncio.Task[Finished]) -> None:
+        for _ in range(5):
+            await asyncio.sleep(9.0)
+            trial.workers.streams[0].say()
+        await asyncio.sleep(6.5)
+        with pytest.raises(WorkerStuck, match="host:1/decode lives, but has said no token for 5[01] s"):
+            await running
+
+    play(story, idle_timeout_s=20.0, first_token_timeout_s=50.0, next_token_timeout_s=5.0)
+
+
+def test_between_tokens_another_limit_holds_and_every_token_starts_it_anew() -> None:
+    async def story(trial: Trial, running: asyncio.Task[Finished]) -> None:
+        for token_id in range(1, 5):
+            trial.workers.streams[0].say(token_id)
+            await asyncio.sleep(4.5)
+        assert not running.done()
+        trial.workers.streams[0].say()
+        with pytest.raises(WorkerStuck, match="has said no token for [56] s"):
+            await running
+        assert trial.tokens == [1, 2, 3, 4]
+
+    play(story, idle_timeout_s=20.0, first_token_timeout_s=50.0, next_token_timeout_s=5.5)
 
 
 def test_a_prefill_worker_that_stops_its_heartbeat_ends_the_attempt() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 
@@ -87,6 +89,19 @@ def test_a_computed_prompt_no_longer_queues() -> None:
     rig.place(rig.request(20_000))
     rig.selector.first_token("r1", FirstToken(0, 0.0, 1.0))
     assert _costs(rig, rig.request()).queue_s.tolist() == [0.0]
+
+
+def test_an_idle_worker_costs_the_same_whether_another_one_is_busy_or_not() -> None:
+    rigs = [Rig([worker("a"), worker("b")]) for _ in range(2)]
+    for rig in rigs:
+        rig.learn()
+    rigs[1].place(rigs[1].request(20_000, pinned_worker="b"))
+    idle, beside_busy = (_costs(rig, rig.request(1600)) for rig in rigs)
+    names = [field.name for field in fields(Costs) if isinstance(getattr(idle, field.name), np.ndarray)]
+    assert {"queue_s", "in_order_s", "shared_s", "hold_up_s", "prefill_s", "ttft_s", "itl_s"} <= set(names)
+    for name in names:
+        assert getattr(idle, name)[0] == getattr(beside_busy, name)[0], name
+    assert beside_busy.queue_s[1] > 0.0
 
 
 def test_sequences_that_decode_slow_down_prompts_and_tokens() -> None:

@@ -15,6 +15,7 @@ from kelp.core.types import Tier
 from kelp.kv.events import EventPublisher
 from kelp.registry.base import KvManagerRecord
 from kelp.router.decision.workers import WorkerTable
+from kelp.router.feed.subscriber import FeedOptions
 from kelp.router.index.kv_index import KVIndex
 from kelp.router.lower_tiers import LowerTiers
 from support.selector_rig import hashes, worker
@@ -68,7 +69,7 @@ async def following(**managers: str) -> AsyncIterator[Below]:
     """Workers by the manager that each names."""
     clock = SystemClock()
     table, index = WorkerTable(), KVIndex(clock)
-    tiers = LowerTiers(table, index, CONFIG, Metrics(), clock, 60.0)
+    tiers = LowerTiers(table, index, CONFIG, Metrics(), clock, FeedOptions(ttl_s=60.0))
     table.update(worker(name, kv_manager_id=manager_id) for name, manager_id in managers.items())
     await tiers.feed.start()
     try:

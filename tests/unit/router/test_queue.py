@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
@@ -10,6 +11,7 @@ from kelp.core.errors import CapacityError
 from kelp.router.queue import Waiting, WaitingQueue
 
 AGEING_S = 5.0
+PLAIN: dict[str, Any] = {"priority": 0, "since_s": 0.0}
 
 
 def waiting(name: str, priority: int = 0, latest_start_s: float = math.inf, since_s: float = 0.0) -> Waiting:
@@ -91,7 +93,7 @@ def test_a_request_whose_turn_would_come_too_late_is_refused_at_once() -> None:
     queue.take("a", 10.0)
     with pytest.raises(CapacityError, match=r"expected in 20.0 s, too late for it; Retry-After: 20"):
         queue.push(waiting("late", latest_start_s=25.0, since_s=10.0, priority=-1))
-    assert queue.push(waiting("in time", latest_start_s=35.0, since_s=10.0, priority=-1)) is None
+    assert queue.push(waiting("in time", latest_start_s=50.0, since_s=10.0, priority=-1)) is None
 
 
 def test_a_deadline_that_cannot_be_met_even_now_is_refused() -> None:
@@ -101,10 +103,60 @@ def test_a_deadline_that_cannot_be_met_even_now_is_refused() -> None:
 
 def test_waiting_too_long_makes_a_request_hopeless() -> None:
     queue = queue_of(waiting("a", latest_start_s=3.0), waiting("b", latest_start_s=9.0), waiting("c"))
-    assert queue.next_hopeless_s() == 3.0
     assert queue.hopeless(3.0) == []
     assert [entry.request_id for entry in queue.hopeless(3.5)] == ["a"]
-    assert queue_of().next_hopeless_s() == math.inf
+
+
+def test_half_of_the_slack_is_the_most_that_a_request_may_be_expected_to_wait() -> None:
+    queue = queue_of(*(waiting(str(number)) for number in range(4)))
+    queue.take("0", 2.0)
+    with pytest.raises(CapacityError, match=r"in 6\.0 s, too late"):
+        queue.push(waiting("hurried", priority=-1, latest_start_s=13.9, since_s=2.0))
+    queue.push(waiting("calm", priority=-1, latest_start_s=14.1, since_s=2.0))
+
+
+def of(tenant: str, number: int, latest_start_s: float = math.inf, **fields: Any) -> Waiting:
+    return Waiting(f"{tenant}{number}", latest_start_s=latest_start_s, tenant=tenant, **{**PLAIN, **fields})
+
+
+def test_tenants_take_turns_whoever_has_more_waiting() -> None:
+    queue = queue_of(*(of("a", number) for number in range(5)), of("b", 0), of("c", 0), of("b", 1))
+    assert drained(queue) == ["a0", "b0", "c0", "a1", "b1", "a2", "a3", "a4"]
+
+
+def test_a_tenant_whose_requests_are_large_goes_less_often() -> None:
+    queue = queue_of(*(of("a", number, cost=3.0) for number in range(3)), *(of("b", number) for number in range(5)))
+    assert drained(queue) == ["a0", "b0", "b1", "b2", "a1", "b3", "b4", "a2"]
+
+
+def test_within_a_tenant_the_shortest_slack_goes_first_and_between_equal_tenants_as_well() -> None:
+    queue = queue_of(of("a", 0, 9.0), of("a", 1, 5.0), of("b", 0, 7.0), of("b", 1, 3.0))
+    assert drained(queue) == ["b1", "a1", "b0", "a0"]
+
+
+def test_shares_do_not_reach_across_priorities() -> None:
+    queue = queue_of(of("b", 0), *(of("a", number, priority=1) for number in range(2)))
+    assert drained(queue) == ["a0", "a1", "b0"]
+
+
+def test_a_tenant_that_comes_late_is_not_owed_what_others_had_before() -> None:
+    queue = queue_of(*(of("a", number) for number in range(6)), *(of("b", number) for number in range(4)))
+    for name in ("a0", "b0", "a1", "b1"):
+        queue.take(name, 0.0)
+    for number in range(3):
+        queue.push(of("late", number))
+    assert drained(queue)[:6] == ["a2", "b2", "late0", "a3", "b3", "late1"]
+
+
+def test_a_full_queue_makes_room_for_a_tenant_that_has_less_of_it() -> None:
+    queue = queue_of(of("a", 0, 9.0), of("a", 1, 5.0), of("a", 2, 7.0), max_waiting=3)
+    displaced = queue.push(of("b", 0))
+    assert displaced is not None and displaced.request_id == "a0", "the one with most time left"
+    for newcomer in (of("b", 1), of("a", 3), of("c", 0, priority=-1)):
+        with pytest.raises(CapacityError, match="the limit is 3"):
+            queue.push(newcomer)
+    displaced = queue.push(of("c", 1))
+    assert displaced is not None and displaced.request_id == "a2"
 
 
 def test_advice_follows_how_fast_places_come_free() -> None:

@@ -11,7 +11,7 @@ from router_scenes import PAIR, STREAM, run, sent, tokens
 
 from kelp.core.errors import PromptTooLong
 from kelp.core.messages import Finished
-from kelp.core.types import FinishReason
+from kelp.core.types import FinishReason, Role
 from support.waiting import until
 
 
@@ -36,6 +36,41 @@ def test_without_stream_there_is_exactly_one_response() -> None:
             assert exchange.token_ids == letters("abcd")
             assert list(exchange.responses[0]["worker_ids"]) == [b"host:1/prefill", b"host:1/decode"]
             await rig.all_is_returned()
+
+    run(scene)
+
+
+def test_a_streams_first_token_wakes_no_other_thread_and_the_rest_does_not_hold_up_the_loop() -> None:
+    async def scene() -> None:
+        async with open_router(record("decode", Role.AGGREGATED)) as rig:
+            exchange, request = rig.ask(**STREAM)
+            threads: list[int] = []
+            send = exchange.send
+            exchange.send = lambda *given: (threads.append(threading.get_ident()), send(*given))  # type: ignore[assignment]
+            decode = await rig.workers.stream(0)
+            decode.say(*tokens("a"))
+            await sent(exchange, 1)
+            decode.say(*tokens("b"))
+            await sent(exchange, 2)
+            decode.finish(FinishReason.LENGTH)
+            await request
+            assert threads[0] == threading.get_ident()
+            assert threading.get_ident() not in threads[1:]
+            assert exchange.text == "ab"
+
+    run(scene)
+
+
+def test_a_streams_last_tokens_share_the_last_response_with_what_is_said_at_the_end() -> None:
+    async def scene() -> None:
+        async with open_router(record("decode", Role.AGGREGATED)) as rig:
+            exchange, request = rig.ask(**STREAM)
+            decode = await rig.workers.stream(0)
+            decode.say(*tokens("a"))
+            await sent(exchange, 1)
+            decode.finish(FinishReason.LENGTH, *tokens("bc"))
+            await request
+            assert [list(response["output_ids"]) for response in exchange.responses] == [letters("a"), letters("bc")]
 
     run(scene)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from router_rig import EOS, letters, open_router, prefill_record, record
 from router_scenes import PAIR, STREAM, max_tokens, run, sent, tokens
@@ -9,13 +10,17 @@ from router_scenes import PAIR, STREAM, max_tokens, run, sent, tokens
 from kelp.core.errors import (
     CapacityError,
     DeadlineExceeded,
+    EngineFailed,
     FatalTransferError,
     InvalidRequest,
     KelpError,
+    MigrationsExceeded,
     PromptTooLong,
+    WorkerDraining,
     WorkerLost,
 )
 from kelp.core.types import FinishReason, Role
+from support.waiting import until
 
 
 def test_a_failed_prefill_is_retried_on_another_worker() -> None:
@@ -92,6 +97,60 @@ def test_a_decode_worker_lost_in_mid_stream_is_replaced_without_gap_or_repetitio
     run(scene)
 
 
+def test_a_stop_word_is_found_although_its_worker_was_lost_in_the_middle_of_it() -> None:
+    async def scene() -> None:
+        async with open_router(record("d1"), record("d2")) as rig:
+            exchange, request = rig.ask(**STREAM, stop_words="cde")
+            first = await rig.workers.stream(0)
+            first.say(*tokens("abc"))
+            await sent(exchange, 3)
+            first.fail(WorkerLost("killed"))
+            second = await rig.workers.stream(1)
+            assert second.prompt[4:] == letters("abc")
+            second.say(*tokens("defg"))
+            await request
+            assert (exchange.text, exchange.finish_reason) == ("ab", "stop")
+
+    run(scene)
+
+
+def test_every_migration_takes_sampling_deadline_and_log_probs_along() -> None:
+    async def scene() -> None:
+        async with open_router(record("d1"), record("d2"), record("d3")) as rig:
+            wishes = {
+                "temperature": np.array([0.7], np.float32),
+                "random_seed": np.array([5], np.uint64),
+                "presence_penalty": np.array([0.5], np.float32),
+                "min_tokens": np.array([3], np.int32),
+                "deadline_ms": np.array([40_000], np.int32),
+                "return_log_probs": np.array([True]),
+                "guided_decoding_guide_type": "regex",
+                "guided_decoding_guide": "[a-z]*",
+            }
+            exchange, request = rig.ask(**STREAM, **max_tokens(7), **wishes)
+            commands = []
+            for number, letter in enumerate("abc"):
+                stream = await rig.workers.stream(number)
+                commands.append(stream.command)
+                stream.say(*tokens(letter))
+                await sent(exchange, number + 1)
+                stream.fail(WorkerLost("killed"))
+            last = await rig.workers.stream(3)
+            commands.append(last.command)
+            last.finish(FinishReason.STOP, *tokens("d"))
+            await request
+            assert all(command.sampling == commands[0].sampling for command in commands)
+            sampling = last.command.sampling
+            assert (sampling.seed, sampling.max_tokens, sampling.min_tokens) == (5, 7, 3)
+            assert sampling.guide is not None and sampling.presence_penalty == 0.5
+            assert [command.num_generated for command in commands] == [0, 1, 2, 3]
+            remaining = [command.remaining_ms for command in commands]
+            assert remaining == sorted(remaining, reverse=True) and remaining[0] <= 40_000.0
+            assert sum(response["output_log_probs"].size for response in exchange.responses) == 4
+
+    run(scene)
+
+
 def test_tokens_that_a_dying_worker_managed_to_say_are_kept() -> None:
     async def scene() -> None:
         async with open_router(record("d1"), record("d2")) as rig:
@@ -127,17 +186,65 @@ def test_a_worker_lost_after_its_last_token_is_not_missed(said: tuple[int, ...],
     run(scene)
 
 
-def test_a_request_is_given_up_after_four_attempts_with_the_last_error() -> None:
+@pytest.mark.parametrize("max_migrations", [0, 3, 5])
+def test_a_request_is_given_up_after_the_allowed_migrations_with_the_last_error(max_migrations: int) -> None:
     async def scene() -> None:
-        async with open_router(record("decode")) as rig:
+        async with open_router(record("decode"), max_migrations=max_migrations) as rig:
             exchange, request = rig.ask()
-            for number in range(4):
+            for number in range(max_migrations + 1):
                 (await rig.workers.stream(number)).fail(WorkerLost(f"loss {number}"))
-            with pytest.raises(WorkerLost, match="loss 3"):
+            with pytest.raises(MigrationsExceeded, match=f"{max_migrations} migrations .* loss {max_migrations}$"):
                 await request
             assert exchange.responses == []
-            assert rig.counters()["kelp_requests_total", (("outcome", "worker_lost"),)] == 1
+            assert rig.counters()["kelp_requests_total", (("outcome", "migrations_exceeded"),)] == 1
             await rig.all_is_returned()
+
+    run(scene)
+
+
+def test_a_request_whose_engine_fails_goes_on_at_another_worker() -> None:
+    async def scene() -> None:
+        async with open_router(record("d1"), record("d2")) as rig:
+            exchange, request = rig.ask()
+            first = await rig.workers.stream(0)
+            first.say(*tokens("a"))
+            first.fail(EngineFailed("out of memory"))
+            second = await rig.workers.stream(1)
+            assert second.address.model_name != first.address.model_name
+            assert second.command.num_generated == 1
+            second.finish(FinishReason.LENGTH, *tokens("b"))
+            await request
+            assert exchange.text == "ab"
+
+    run(scene)
+
+
+def test_a_request_in_whose_company_three_engines_fail_is_not_tried_on_the_others() -> None:
+    async def scene() -> None:
+        async with open_router(*(record(f"d{number}") for number in range(5)), max_migrations=9) as rig:
+            _, request = rig.ask()
+            for number in range(3):
+                (await rig.workers.stream(number)).fail(EngineFailed("illegal access"))
+            with pytest.raises(MigrationsExceeded, match="ENGINE_FAILED: illegal access"):
+                await request
+            assert len(rig.workers.streams) == 3
+
+    run(scene)
+
+
+def test_a_draining_workers_request_goes_on_at_another_worker() -> None:
+    async def scene() -> None:
+        async with open_router(record("d1"), record("d2")) as rig:
+            exchange, request = rig.ask()
+            first = await rig.workers.stream(0)
+            first.say(*tokens("ab"))
+            first.fail(WorkerDraining("the grace period is over"))
+            second = await rig.workers.stream(1)
+            assert (second.command.num_generated, second.prompt[4:]) == (2, letters("ab"))
+            second.finish(FinishReason.LENGTH, *tokens("c"))
+            await request
+            assert exchange.text == "abc"
+            assert rig.counters()["kelp_retries_total", (("reason", "worker_draining"),)] == 1
 
     run(scene)
 
@@ -191,6 +298,41 @@ def test_a_request_that_finds_no_worker_looks_again_before_it_is_refused() -> No
             (await rig.workers.stream(0)).finish(FinishReason.LENGTH, *tokens("a"))
             await request
             assert exchange.text == "a"
+
+    run(scene)
+
+
+def test_an_answer_that_has_begun_waits_for_a_worker_that_is_being_restarted() -> None:
+    async def scene() -> None:
+        async with open_router(record("decode")) as rig:
+            exchange, request = rig.ask()
+            first = await rig.workers.stream(0)
+            first.say(*tokens("ab"))
+            rig.workers.known = []
+            rig.desk.placer.update()
+            first.fail(WorkerLost("killed"))
+            await until(lambda: rig.workers.num_refreshes > 1, "looking again")
+            rig.workers.known = [record("decode", epoch="restarted")]
+            second = await rig.workers.stream(1)
+            assert second.command.num_generated == 2
+            second.finish(FinishReason.LENGTH, *tokens("c"))
+            await request
+            assert exchange.text == "abc"
+
+    run(scene)
+
+
+def test_it_does_not_wait_for_ever() -> None:
+    async def scene() -> None:
+        async with open_router(record("decode"), recovery_wait_s=0.0) as rig:
+            _, request = rig.ask()
+            first = await rig.workers.stream(0)
+            first.say(*tokens("ab"))
+            rig.workers.known = []
+            rig.desk.placer.update()
+            first.fail(WorkerLost("killed"))
+            with pytest.raises(CapacityError, match="no decode worker is ready"):
+                await request
 
     run(scene)
 

@@ -72,11 +72,12 @@ def test_behind_a_remote_prefill_the_others_run_on_the_decode_worker_alone() -> 
             exchange, request = rig.ask(**sequences(2))
             prefill, decode = await rig.workers.stream(0), await rig.workers.stream(1)
             prefill.finish(None, *tokens("a"))
+            decode.say(*tokens("b"))
             sibling = await rig.workers.stream(2)
             assert (sibling.address, sibling.command.role) == (decode.address, Role.AGGREGATED)
             assert sibling.command.rendezvous is None
             sibling.finish(FinishReason.LENGTH, *tokens("xy"))
-            decode.finish(FinishReason.STOP, *tokens("b"))
+            decode.finish(FinishReason.STOP)
             await request
             (response,) = exchange.responses
             assert list(response["text_output"]) == [b"ab", b"xy"]

@@ -145,7 +145,8 @@ def test_what_decisions_take_is_what_they_are_taken_to_take(
     nothing = _bytes_after(forgetful)
     measured = _bytes_after(kept) - nothing
     estimated = kept.selector.num_explained_bytes
-    assert 0.6 * estimated < measured <= estimated
+    # A decision among idle workers shares its zeros, and takes less.
+    assert 0.5 * estimated < measured <= estimated
 
 
 def _bytes_after(rig: Rig) -> int:

@@ -31,6 +31,7 @@ from kelp.client.direct.wire import (
 )
 from kelp.client.workers import ShortestWay
 from kelp.core.messages import DrainCommand, GenerateCommand, WorkerStatus
+from kelp.core.peer_auth import PeerToken
 from kelp.core.types import Role
 from kelp.core.wire import encode_message
 from support.waiting import until
@@ -47,6 +48,9 @@ class NoTriton:
 
     async def control(self, address: WorkerAddress, command: DrainCommand | None) -> WorkerStatus:
         raise AssertionError("a command went through Triton")
+
+    def has_gone(self, address: WorkerAddress) -> bool:
+        return False
 
     async def close(self) -> None:
         pass
@@ -70,8 +74,8 @@ class DirectRouter:
 
 
 @contextlib.asynccontextmanager
-async def open_direct_router(rig: WorkerRig) -> AsyncIterator[DirectRouter]:
-    dialling = Dialling()
+async def open_direct_router(rig: WorkerRig, token: PeerToken | None = None) -> AsyncIterator[DirectRouter]:
+    dialling = Dialling(token)
     await until(lambda: dialling.connection(rig.address) is not None, "the connection")
     router = DirectRouter(rig, dialling)
     try:
@@ -94,12 +98,16 @@ class RawRouter:
 
     async def next_frame(self) -> WorkerFrame:
         """The next frame; EOFError at the end of the connection."""
+        return decode_worker_frame(await self.next_raw(), "worker")
+
+    async def next_raw(self) -> bytes:
+        """What is in the next frame."""
         while not self._arrived:
             data = await asyncio.wait_for(self._reader.read(65536), 10.0)
             if not data:
                 raise EOFError
             self._arrived += self._frames.feed(data)
-        return decode_worker_frame(self._arrived.pop(0), "worker")
+        return self._arrived.pop(0)
 
     async def outputs(self) -> tuple[Output, ...]:
         frame = await self.next_frame()

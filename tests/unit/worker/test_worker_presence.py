@@ -9,7 +9,7 @@ import threading
 import pytest
 from worker_rig import LAYOUT, FakeRegistry, completed, open_worker, prefilled, token
 
-from kelp.core.errors import WorkerLost
+from kelp.core.errors import WorkerDraining, WorkerStuck
 from kelp.core.messages import WORKER_STATUS, DrainCommand
 from kelp.core.types import HandoffShape, Role, WorkerState
 from kelp.core.wire import decode_message
@@ -57,7 +57,7 @@ def test_a_draining_worker_says_so_at_once_and_refuses_new_requests() -> None:
             exchange, draining = rig.command(DrainCommand(timeout_s=60.0))
             await until(lambda: states(rig.registry)[-1] is WorkerState.DRAINING, "the record")
             _, refused = await rig.generate()
-            with pytest.raises(WorkerLost, match="host:1/decode is draining"):
+            with pytest.raises(WorkerDraining, match="host:1/decode is draining"):
                 await refused
             assert not draining.done(), "drained although a request runs"
             rig.executor.emit(token(1), completed())
@@ -95,6 +95,83 @@ def test_a_drain_that_takes_too_long_answers_with_what_still_runs() -> None:
     asyncio.run(scene())
 
 
+def test_what_still_runs_when_the_grace_is_over_is_given_up_with_all_that_it_has_said() -> None:
+    async def scene() -> None:
+        async with open_worker(grace_s=0.01) as rig:
+            exchange, running = await rig.generate()
+            rig.executor.emit(token(1), token(2))
+            await until(lambda: exchange.token_ids == [1, 2], "the tokens")
+            status, draining = rig.command(DrainCommand(timeout_s=60.0))
+            with pytest.raises(WorkerDraining, match="its grace_s is over"):
+                await running
+            await draining
+            assert rig.executor.names() == ["abort"]
+            assert status_state(status) == "draining"
+
+    asyncio.run(scene())
+
+
+def test_a_prefill_that_still_runs_when_the_grace_is_over_frees_its_lease() -> None:
+    async def scene() -> None:
+        async with open_worker(Role.PREFILL, grace_s=0.01) as rig:
+            _, running = await rig.generate(Role.PREFILL, rig.rendezvous())
+            rig.executor.emit(prefilled(4, 3))
+            _, draining = rig.command(DrainCommand(timeout_s=60.0))
+            with pytest.raises(WorkerDraining):
+                await running
+            await draining
+            assert rig.handoffs.num_leases == 0
+
+    asyncio.run(scene())
+
+
+def test_a_worker_whose_engine_does_not_get_on_says_so_and_gives_its_requests_up() -> None:
+    async def scene() -> None:
+        async with open_worker(step_timeout_s=0.02) as rig:
+            _, running = await rig.generate()
+            rig.executor.step_s = 7.0
+            with pytest.raises(WorkerStuck, match="host:1/decode is stuck in a step of 7 s"):
+                await running
+            assert rig.executor.names() == ["abort"]
+            await until(lambda: states(rig.registry)[-1] is WorkerState.STUCK, "the record")
+            _, refused = await rig.generate()
+            with pytest.raises(WorkerStuck, match="host:1/decode is stuck"):
+                await refused
+            assert (await rig.status()).state == "stuck"
+
+    asyncio.run(scene())
+
+
+def test_an_engine_that_was_only_slow_gets_requests_again() -> None:
+    async def scene() -> None:
+        async with open_worker(step_timeout_s=0.02) as rig:
+            rig.executor.step_s = 7.0
+            await until(lambda: states(rig.registry)[-1] is WorkerState.STUCK, "the record")
+            rig.executor.step_s = 0.0
+            await until(lambda: states(rig.registry)[-1] is WorkerState.READY, "the record")
+            exchange, task = await rig.generate()
+            rig.executor.emit(token(1), completed())
+            await task
+            assert exchange.token_ids == [1]
+
+    asyncio.run(scene())
+
+
+def test_a_stuck_worker_that_is_drained_does_not_come_back() -> None:
+    async def scene() -> None:
+        async with open_worker(step_timeout_s=0.02) as rig:
+            rig.executor.step_s = 7.0
+            await until(lambda: states(rig.registry)[-1] is WorkerState.STUCK, "the record")
+            _, draining = rig.command(DrainCommand(timeout_s=60.0))
+            await draining
+            num_published = len(rig.registry.published)
+            rig.executor.step_s = 0.0
+            await until(lambda: len(rig.registry.published) > num_published, "the next record")
+            assert states(rig.registry)[-1] is WorkerState.DRAINING
+
+    asyncio.run(scene())
+
+
 def test_an_idle_worker_is_drained_at_once() -> None:
     async def scene() -> None:
         async with open_worker() as rig:
@@ -110,7 +187,7 @@ def test_a_worker_that_stops_leaves_the_registry_and_closes_its_engine() -> None
         async with open_worker() as rig:
             _, running = await rig.generate()
             await rig.service.stop()
-            with pytest.raises(WorkerLost):
+            with pytest.raises(WorkerDraining, match="host:1/decode is stopping"):
                 await running
             assert rig.registry.withdrawn == [("host:1/decode", "epoch")]
             assert rig.executor.is_closed

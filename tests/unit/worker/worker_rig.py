@@ -14,6 +14,7 @@ from kelp.client.base import WorkerAddress
 from kelp.core.clock import SystemClock
 from kelp.core.config import HandoffConfig, KelpConfig, RegistryConfig, RouterConfig, ServerConfig
 from kelp.core.config_replicas import DirectConfig
+from kelp.core.config_resilience import DrainConfig, WatchdogConfig
 from kelp.core.errors import KelpError, WorkerLost
 from kelp.core.messages import (
     WORKER_EVENT,
@@ -28,6 +29,7 @@ from kelp.core.messages import (
     WorkerStatus,
 )
 from kelp.core.metrics import Metrics
+from kelp.core.peer_auth import PeerToken
 from kelp.core.types import BlockId, FinishReason, HandoffShape, KVLayout, Role
 from kelp.core.wire import Message, decode_message, encode_message
 from kelp.executor.base import (
@@ -72,6 +74,7 @@ class FakeExecutor:
         self.refusal: KelpError | None = None
         self.is_closed = False
         self.num_draft_tokens = 0
+        self.step_s = 0.0
 
     def submit(self, request: ExecutorRequest) -> None:
         if self.refusal is not None:
@@ -96,7 +99,9 @@ class FakeExecutor:
 
     def load(self) -> ExecutorLoad:
         num_drafts = self.num_draft_tokens
-        return ExecutorLoad(len(self.requests), 0, self.layout.num_blocks, 0, 0, num_drafts, num_drafts // 2)
+        return ExecutorLoad(
+            len(self.requests), 0, self.layout.num_blocks, 0, 0, num_drafts, num_drafts // 2, self.step_s
+        )
 
     def close(self) -> None:
         self.is_closed = True
@@ -252,6 +257,9 @@ async def open_worker(
     events: EventPublisher | None = None,
     tags: dict[str, str] | None = None,
     direct: DirectConfig | None = None,
+    grace_s: float = 60.0,
+    step_timeout_s: float = 60.0,
+    token: PeerToken | None = None,
     **handoff: float,
 ) -> AsyncIterator[WorkerRig]:
     """A started worker; `handoff` overrides `HandoffConfig`. Stopped at the end, unless the test has done it."""
@@ -259,6 +267,8 @@ async def open_worker(
     config = KelpConfig(
         handoff=settings,
         direct=direct or DirectConfig(),
+        drain=DrainConfig(grace_s=grace_s),
+        watchdog=WatchdogConfig(step_timeout_s=step_timeout_s),
         router=RouterConfig(cancel_poll_s=0.002, idle_timeout_s=idle_timeout_s),
         registry=RegistryConfig(heartbeat_s=heartbeat_s),
         server=ServerConfig(tags=tags or {}),
@@ -270,7 +280,7 @@ async def open_worker(
     agent.register(region, executor.pool)
     handoffs = HandoffServer(describe_pool(agent, LAYOUT, region, role.value, "epoch"), settings, clock)
     reader = HandoffReader(agent, LAYOUT, settings, clock)
-    parts = WorkerParts(executor, handoffs, reader, agent, registry, clock, metrics, events)
+    parts = WorkerParts(executor, handoffs, reader, agent, registry, clock, metrics, events, token=token)
     service = WorkerService(WorkerIdentity(role.value, role, "host:1", "epoch"), parts, config)
     await service.start()
     rig = WorkerRig(service, executor, registry, handoffs, reader, faults, metrics, agent)

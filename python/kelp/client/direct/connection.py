@@ -13,10 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from kelp.client.base import Receive, WorkerAddress
-from kelp.client.direct.frames import FrameReader
+from kelp.client.direct.frames import FrameReader, framed
 from kelp.client.direct.sockets import configure
 from kelp.client.direct.streams import DirectStream, Pending, StatusAnswer
 from kelp.client.direct.wire import (
+    MAX_WELCOME_BYTES,
     MAX_WORKER_FRAME_BYTES,
     PROTOCOL_VERSION,
     Cancel,
@@ -29,9 +30,12 @@ from kelp.client.direct.wire import (
     WorkerFrame,
     decode_worker_frame,
     encode_frame,
+    handshake_names,
 )
-from kelp.core.errors import KelpError, ProtocolError, WorkerLost, from_message
+from kelp.core.errors import KelpError, ProtocolError, WorkerDied, WorkerLost, from_message
 from kelp.core.messages import GenerateCommand, WorkerStatus
+from kelp.core.peer_auth import PeerToken
+from kelp.core.peer_handshake import Initiator
 from kelp.core.wire import Message, encode_message
 
 _MAX_UNREAD_BYTES = 128 * 1024 * 1024
@@ -43,16 +47,19 @@ class DirectConnection(asyncio.Protocol):
 
     Args:
         on_lost: Called once, when a connection that had been welcomed has ended.
+        token: What the two show each other first; None: nothing.
 
     Attributes:
         welcomed: Done when requests may start; fails with the worker's refusal, or whatever went wrong before.
     """
 
-    def __init__(self, address: WorkerAddress, on_lost: Callable[[], None]) -> None:
+    def __init__(self, address: WorkerAddress, on_lost: Callable[[], None], token: PeerToken | None = None) -> None:
         self._where = f"worker {address.worker_id} at {address.direct_endpoint}"
         self._hello = Hello(PROTOCOL_VERSION, address.worker_id, address.epoch)
         self._on_lost = on_lost
-        self._reader = FrameReader(self._where, MAX_WORKER_FRAME_BYTES)
+        names = handshake_names(address.worker_id, address.epoch, address.direct_endpoint)
+        self._initiator = None if token is None else Initiator(token, names, self._where)
+        self._reader = FrameReader(self._where, MAX_WELCOME_BYTES)
         self._open: dict[int, Pending] = {}
         self._next_number = 0
         self._transport: asyncio.Transport | None = None
@@ -112,19 +119,34 @@ class DirectConnection(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         configure(transport)
         self._transport = transport
-        self._send(self._hello)
+        if self._initiator is None:
+            self._send(self._hello)
+        else:
+            transport.write(framed(self._initiator.opening))
 
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
         try:
             for raw in self._reader.feed(data):
-                self._take(decode_worker_frame(raw, self._where))
+                if self._initiator is not None:
+                    self._prove(self._initiator, raw)
+                else:
+                    self._take(decode_worker_frame(raw, self._where))
         except KelpError as error:
             self._fail(error)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See `asyncio.Protocol`."""
-        self._fail(WorkerLost(f"{self._where}: connection broke: {exc or 'the worker closed it'}"))
+        # A worker that leaves ends its requests first; a network that parts ends nothing.
+        error_type = WorkerDied if exc is None or isinstance(exc, ConnectionError) else WorkerLost
+        self._fail(error_type(f"{self._where}: connection broke: {exc or 'the worker closed it'}"))
+
+    def _prove(self, initiator: Initiator, raw: bytes) -> None:
+        if self._error is not None or self._transport is None:
+            return
+        self._transport.write(framed(initiator.prove(raw)))
+        self._initiator = None
+        self._send(self._hello)
 
     def _take(self, frame: WorkerFrame) -> None:
         if self._error is not None:
@@ -136,6 +158,7 @@ class DirectConnection(asyncio.Protocol):
         elif self.welcomed.done() or frame.version != PROTOCOL_VERSION:
             raise ProtocolError(f"{self._where}: welcome for version {frame.version}, once and for 1 expected")
         else:
+            self._reader.max_bytes = MAX_WORKER_FRAME_BYTES
             self.welcomed.set_result(None)
 
     def _take_outputs(self, frame: Outputs) -> None:

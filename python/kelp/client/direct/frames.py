@@ -13,6 +13,11 @@ from kelp.core.errors import ProtocolError
 LENGTH = struct.Struct("<I")
 
 
+def framed(payload: bytes) -> bytes:
+    """With its length in front."""
+    return LENGTH.pack(len(payload)) + payload
+
+
 class FrameReader:
     """One direction of one connection.
 

@@ -3,8 +3,9 @@
 Commands and events stay the JSON of `core.messages`, as bytes: writing and reading it costs less than 5 us, and both
 transports check the same documents. What every step costs, tokens with their log-probs, is MessagePack.
 
-The router speaks first: `Hello`, answered by `Welcome` or `Refusal`. Then `Start`, `Cancel` and `Control`, answered by
-`Outputs`. A number names a request on its connection; numbers only grow.
+Where there is a token, the two first show that they know it (`core.peer_handshake`, a message a frame). Then the router
+speaks: `Hello`, answered by `Welcome` or `Refusal`; then `Start`, `Cancel` and `Control`, answered by `Outputs`. A
+number names a request on its connection; numbers only grow.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from kelp.core.wire import MAX_MESSAGE_BYTES
 
 PROTOCOL_VERSION = 1
 MAX_HELLO_BYTES = 4096
-"""Of a frame before the two have agreed that they mean each other."""
+"""Of a router's frame before the two have agreed that they mean each other."""
+MAX_WELCOME_BYTES = 16 * 1024
+"""Of a worker's until then; a refusal has room for its text."""
 MAX_ROUTER_FRAME_BYTES = 64 * 1024 * 1024
 MAX_WORKER_FRAME_BYTES = 16 * 1024 * 1024
 MAX_OUTPUTS = 1024
@@ -105,6 +108,11 @@ class Outputs(_Frame, frozen=True, tag=2):
     """Worker: all that its requests on this connection had to say when its loop woke up."""
 
     items: Annotated[tuple[Output, ...], msgspec.Meta(max_length=MAX_OUTPUTS)]
+
+
+def handshake_names(worker_id: str, epoch: str, endpoint: str) -> tuple[str, ...]:
+    """What the proofs of a direct channel name: nobody can pass them on to another worker, or from another address."""
+    return "direct", worker_id, epoch, endpoint
 
 
 RouterFrame = Hello | Start | Cancel | Control

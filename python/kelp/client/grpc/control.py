@@ -51,6 +51,11 @@ class TritonControl:
             for model in index.get("models", [])
         }
 
+    def ready_models(self) -> set[str]:
+        """Models that the server answers for, those included whose configuration came with the load."""
+        answer = self._call(self._client.get_inference_statistics, as_json=True)
+        return {model["name"] for model in answer.get("model_stats", [])}
+
     def config_of(self, name: str) -> dict[str, Any]:
         """A loaded model's configuration.
 

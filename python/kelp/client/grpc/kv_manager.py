@@ -27,6 +27,7 @@ from kelp.core.kv_manager_messages import (
     decode_results,
     encode_batch,
 )
+from kelp.core.peer_auth import KV_OPERATIONS_PROOF, KV_RESULTS_PROOF, PeerToken, proof_in, seal, unseal
 from kelp.core.schema import KV_BLOCK_MANAGER
 
 _CHANNEL_OPTIONS = [
@@ -45,9 +46,14 @@ _Waiting = tuple[Operation, "asyncio.Future[Result]"]
 
 
 class GrpcKvManagerClient:
-    """One channel per manager; belongs to one event loop. Implements `client.base.KvManagerClient`."""
+    """One channel per manager; belongs to one event loop. Implements `client.base.KvManagerClient`.
 
-    def __init__(self) -> None:
+    Args:
+        token: What shows managers that we are a peer, and us that they are; None for managers that do not ask.
+    """
+
+    def __init__(self, token: PeerToken | None = None) -> None:
+        self._token = token
         self._channels: dict[str, Any] = {}
         self._quick: dict[tuple[WorkerAddress, float], list[_Waiting]] = {}
         self._calls: set[asyncio.Task[Any]] = set()
@@ -106,7 +112,8 @@ class GrpcKvManagerClient:
                     answer.set_result(result)
 
     async def _infer(self, address: WorkerAddress, timeout_s: float, operations: list[Operation]) -> list[Result]:
-        raw = encode_batch(operations)
+        scope = (f"{address.endpoint}/{address.model_name}", address.epoch)
+        raw = seal(self._token, KV_OPERATIONS_PROOF, scope, encode_batch(operations))
         request = service_pb2.ModelInferRequest(model_name=address.model_name)
         request.inputs.add(name=KV_BLOCK_MANAGER.inputs[0].name, datatype="BYTES", shape=(1,))
         request.raw_input_contents.append(_LENGTH.pack(len(raw)) + raw)
@@ -121,7 +128,8 @@ class GrpcKvManagerClient:
         response = sent.result()
         if len(response.raw_output_contents) != 1:
             raise ProtocolError(f"{_where(address)}: {len(response.raw_output_contents)} outputs, not 1")
-        results = decode_results(response.raw_output_contents[0][_LENGTH.size :])
+        answer = response.raw_output_contents[0][_LENGTH.size :]
+        results = decode_results(unseal(self._token, KV_RESULTS_PROOF, scope, answer, proof_in(raw)))
         if len(results) != len(operations):
             raise ProtocolError(f"{_where(address)}: {len(results)} results of {len(operations)} operations")
         return results

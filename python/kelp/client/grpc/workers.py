@@ -12,6 +12,7 @@ import asyncio
 import itertools
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -34,6 +35,7 @@ from kelp.core.messages import (
     WorkerEvent,
     WorkerStatus,
 )
+from kelp.core.peer_auth import WORKER_COMMAND_PROOF, PeerToken, seal
 from kelp.core.wire import Message, decode_message, encode_message
 
 _CHANNEL_OPTIONS = [
@@ -54,18 +56,29 @@ _UNUSED_S = 60.0
 _LENGTH = struct.Struct("<I")
 
 
-def _where(address: WorkerAddress) -> str:
-    return f"worker {address.worker_id}"
+@dataclass(frozen=True, slots=True)
+class _Party:
+    """A worker, and what shows it that we are a peer."""
 
+    address: WorkerAddress
+    token: PeerToken | None
 
-def _request(
-    address: WorkerAddress, request_id: str, command: Message, prompt: npt.NDArray[np.int32] | None = None
-) -> Any:
-    document = encode_message(command)
-    tensors = {"command": ("BYTES", 1, _LENGTH.pack(len(document)) + document)}
-    if prompt is not None:
-        tensors["input_ids"] = ("INT32", len(prompt), np.ascontiguousarray(prompt, dtype=np.int32).tobytes())
-    return infer_request(address.model_name, request_id, tensors)
+    @property
+    def where(self) -> str:
+        """Names the worker in errors."""
+        return f"worker {self.address.worker_id}"
+
+    def request(self, request_id: str, command: Message, prompt: npt.NDArray[np.int32] | None = None) -> Any:
+        """A command as it travels; what only asks for counts needs no proof."""
+        address, document = self.address, encode_message(command)
+        beside = b"" if prompt is None else np.ascontiguousarray(prompt, dtype="<i4").tobytes()
+        if not isinstance(command, StatusCommand):
+            scope = (address.worker_id, address.epoch)
+            document = seal(self.token, WORKER_COMMAND_PROOF, scope, document, beside)
+        tensors = {"command": ("BYTES", 1, _LENGTH.pack(len(document)) + document)}
+        if prompt is not None:
+            tensors["input_ids"] = ("INT32", len(prompt), beside)
+        return infer_request(address.model_name, request_id, tensors)
 
 
 def _event(tensors: RawTensors) -> bytes:
@@ -89,13 +102,13 @@ class GrpcWorkerStream:
         self,
         shared: SharedStream,
         cancelling: Callable[[], SharedStream],
-        address: WorkerAddress,
+        party: _Party,
         request: Any,
         receive: Receive,
     ) -> None:
         self._shared = shared
         self._cancelling = cancelling
-        self._address = address
+        self._party = party
         self._request_id = request.id
         self._receive = receive
         self._is_closing = False
@@ -120,7 +133,8 @@ class GrpcWorkerStream:
 
     async def _cancel(self) -> None:
         stream, cancel_id = self._cancelling(), f"{self._request_id} cancel"
-        answer = stream.start(_request(self._address, cancel_id, CancelCommand(request_id=self._request_id)), _ignore)
+        cancel = self._party.request(cancel_id, CancelCommand(request_id=self._request_id))
+        answer = stream.start(cancel, _ignore)
         if not await answer.wait_ended(_CANCEL_TIMEOUT_S):
             stream.abandon(cancel_id)
 
@@ -140,10 +154,11 @@ class GrpcWorkerStream:
         ids = _numbers(tensors, "output_ids", "<i4")
         log_probs = _numbers(tensors, "output_log_probs", "<f4")
         event = _event(tensors)
-        told: WorkerEvent | None = decode_message(WORKER_EVENT, event, _where(self._address)) if event else None
+        where = self._party.where
+        told: WorkerEvent | None = decode_message(WORKER_EVENT, event, where) if event else None
         self._has_finished = isinstance(told, Finished)
         if len(ids) != len(log_probs):
-            raise ProtocolError(f"{_where(self._address)}: {len(ids)} tokens with {len(log_probs)} log_probs")
+            raise ProtocolError(f"{where}: {len(ids)} tokens with {len(log_probs)} log_probs")
         return WorkerOutput(ids, log_probs, told)
 
 
@@ -155,9 +170,13 @@ class GrpcWorkerClient:
     """One channel per tritonserver and one stream per worker; see `client.base.WorkerClient`.
 
     Both go when nobody has used them for a while: workers come and go for as long as a router lives.
+
+    Args:
+        token: What shows workers that we are a peer; None for workers that do not ask.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, token: PeerToken | None = None) -> None:
+        self._token = token
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._streams: dict[WorkerAddress, SharedStream] = {}
         self._replaced: list[tuple[str, SharedStream]] = []
@@ -174,8 +193,9 @@ class GrpcWorkerClient:
         self, address: WorkerAddress, command: GenerateCommand, prompt: npt.NDArray[np.int32], receive: Receive
     ) -> GrpcWorkerStream:
         """See `WorkerClient`."""
-        request = _request(address, command.request_id, command, prompt)
-        return GrpcWorkerStream(self._stream(address), partial(self._stream, address), address, request, receive)
+        party = _Party(address, self._token)
+        request = party.request(command.request_id, command, prompt)
+        return GrpcWorkerStream(self._stream(address), partial(self._stream, address), party, request, receive)
 
     async def control(self, address: WorkerAddress, command: DrainCommand | None) -> WorkerStatus:
         """See `WorkerClient`."""
@@ -193,12 +213,16 @@ class GrpcWorkerClient:
             elif event := _event(item):
                 answer.set_result(event)
 
-        shared.start(_request(address, request_id, command or StatusCommand()), take)
+        shared.start(_Party(address, self._token).request(request_id, command or StatusCommand()), take)
         try:
             return decode_message(WORKER_STATUS, await answer, what)
         except asyncio.CancelledError:
             shared.abandon(request_id)
             raise
+
+    def has_gone(self, address: WorkerAddress) -> bool:
+        """See `WorkerClient`; Triton does not tell."""
+        return False
 
     async def close(self) -> None:
         """See `WorkerClient`."""
@@ -219,7 +243,7 @@ class GrpcWorkerClient:
             if stream is not None:
                 self._replaced.append((address.endpoint, stream))
             stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel(address.endpoint))
-            stream = self._streams[address] = SharedStream(stub, _where(address))
+            stream = self._streams[address] = SharedStream(stub, _Party(address, None).where)
         return stream
 
     def _channel(self, endpoint: str) -> grpc.aio.Channel:

@@ -7,13 +7,14 @@ steps. Knows threads and queues, not models: the engine is handed in.
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from kelp.core.clock import Clock
-from kelp.core.errors import CapacityError, InternalError, InvalidRequest, KelpError, WorkerLost
+from kelp.core.errors import CapacityError, EngineFailed, InvalidRequest, KelpError, WorkerLost
 from kelp.core.kv_events import KVEventSink
 from kelp.core.messages import RequestTimings, RequestUsage
 from kelp.core.types import BlockId, FinishReason, HandoffShape, KVLayout, SequenceHash
@@ -77,6 +78,7 @@ class BatchingExecutor:
         self._ids: set[str] = set()
         self._num_submitting = 0
         self._is_closed = False
+        self._step_began_s: float | None = None
         self._pool = BlockPool(parts.layout.num_blocks)
         self._engine = Engine(parts.runner, self._pool, parts.rules, clock, self._forget, parts.proposer)
         self._thread = threading.Thread(target=self._run, name="kelp-executor", daemon=True)
@@ -188,7 +190,7 @@ class BatchingExecutor:
         """See `Executor`; requests still in the inbox count as waiting."""
         with self._lock:
             load = self._engine.load()
-            return replace(load, num_waiting=load.num_waiting + self._num_submitting)
+            return replace(load, num_waiting=load.num_waiting + self._num_submitting, step_s=self._step_s())
 
     def close(self) -> None:
         """See `Executor`; idempotent."""
@@ -196,6 +198,10 @@ class BatchingExecutor:
             self._is_closed = True
             self._inbox.put(None)
         self._thread.join()
+
+    def _step_s(self) -> float:
+        began_s = self._step_began_s
+        return 0.0 if began_s is None else self._clock.monotonic_s() - began_s
 
     def _admit(self, engine: Engine, request: ExecutorRequest, arrival_ns: int, guide: Guide | None) -> None:
         with self._lock:
@@ -231,6 +237,9 @@ class BatchingExecutor:
             self._serve()
             self._engine.fail_all(WorkerLost("the executor is closing"))
             self._engine.land_all()
+        except BaseException:
+            self._step_began_s = -math.inf
+            raise
         finally:
             with self._lock:
                 self._is_closed = True
@@ -241,10 +250,13 @@ class BatchingExecutor:
             try:
                 if not self._drain(is_idle):
                     return
+                self._step_began_s = self._clock.monotonic_s()
                 is_idle = not self._engine.step()
+                self._step_began_s = None
             except Exception as error:
                 _log.exception("engine step failed; giving all its requests up")
-                self._engine.fail_all(InternalError(f"engine step failed: {error!r}"))
+                self._engine.fail_all(EngineFailed(f"engine step failed: {error!r}"))
+                self._step_began_s = None
 
     def _drain(self, is_idle: bool) -> bool:
         """Execute queued commands, first waiting for one if idle; False once closed."""

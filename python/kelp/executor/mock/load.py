@@ -11,6 +11,7 @@ from kelp.core.config import ExecutorConfig, MockConfig
 from kelp.core.errors import ConfigError
 from kelp.core.model_identity import model_identity
 from kelp.executor.base import ExecutorLimits
+from kelp.executor.batching.batch import ModelRunner
 from kelp.executor.batching.engine import EngineRules
 from kelp.executor.batching.executor import BatchingExecutorParts
 from kelp.executor.batching.history import SequenceRules
@@ -18,6 +19,7 @@ from kelp.executor.batching.scheduler import SchedulerLimits
 from kelp.executor.batching.speculation import SpeculationRules
 from kelp.executor.mock.drafts import Foresight
 from kelp.executor.mock.executor import MockExecutor
+from kelp.executor.mock.fatal import FatalRunner
 from kelp.executor.mock.language import Vocabulary
 from kelp.executor.mock.memory import KVMemory, mock_layout
 from kelp.executor.mock.pace import Pace, RealPace
@@ -81,8 +83,11 @@ def load_mock_parts(
         vocab_size=vocabulary.size,
         speculation=SpeculationRules(mock.tokens_per_step - 1, _FREE_ROW),
     )
+    runner: ModelRunner = MockRunner(memory, vocabulary, None if timing is None else Pacing(timing, make_pace()))
+    if mock.fatal_token_id >= 0:
+        runner = FatalRunner(runner, mock.fatal_token_id)
     batching = BatchingExecutorParts(
-        runner=MockRunner(memory, vocabulary, None if timing is None else Pacing(timing, make_pace())),
+        runner=runner,
         layout=layout,
         limits=ExecutorLimits(max_model_tokens, vocabulary.size, eos),
         memory=memory.pool,

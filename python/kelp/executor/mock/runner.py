@@ -58,12 +58,13 @@ class MockRunner:
 
     def launch(self, chunks: Sequence[Chunk]) -> Launched:
         """See `batch.ModelRunner`; every chunk's tokens must be known."""
+        if self._pacing is None:
+            self._let_others_run(chunks)
         sampled: list[Sampled] = []
         for chunk in chunks:
             assert chunk.token_source is None
             sampled += [Sampled(token_id, _LOG_PROB) for token_id in self._compute(chunk)]
         if self._pacing is None:
-            self._let_others_run(chunks)
             return Finished(sampled)
         return _Running(sampled, self._pacing.pace, self._pacing.pace.begin(_batch_s(self._pacing.timing, chunks)))
 

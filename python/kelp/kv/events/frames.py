@@ -6,6 +6,8 @@ from kelp.core.errors import ProtocolError
 
 SNAPSHOT_REQUEST = b"KELPSNP1"
 """Asks the ROUTER for a snapshot; to vLLM's publisher a sequence number that never comes."""
+CURVE_PURPOSE = "kv events"
+"""What keys of these sockets are derived for."""
 END_SEQ = -1
 _SEQ_BYTES = 8
 _EVENTS = b"kelp-kv/"

@@ -15,7 +15,10 @@ from kelp.core.clock import Clock
 from kelp.core.config import EventsConfig
 from kelp.core.errors import ConfigError
 from kelp.core.kv_events import KVEvent
+from kelp.core.peer_auth import PeerToken
 from kelp.kv.events.answers import AnswerDesk
+from kelp.kv.events.curve import listen_to_known
+from kelp.kv.events.frames import CURVE_PURPOSE
 from kelp.kv.events.stream import EventStream, StreamMessage
 
 _BUSY_POLL_S = 0.005
@@ -25,14 +28,17 @@ _log = logging.getLogger(__name__)
 
 
 class EventPublisher:
-    """Binds at once, publishes from `start` on.
+    """Binds at once, publishes from `start` on; with a token, for those who know it.
 
     Raises:
         ConfigError: A port is taken, or `events.host` is no address of this machine.
     """
 
-    def __init__(self, epoch: str, block_size: int, config: EventsConfig, clock: Clock) -> None:
+    def __init__(
+        self, epoch: str, block_size: int, config: EventsConfig, clock: Clock, token: PeerToken | None = None
+    ) -> None:
         self._config = config
+        self._token = token
         self._clock = clock
         self._stream = EventStream(epoch, block_size, config, clock)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -91,6 +97,7 @@ class EventPublisher:
         bound.setsockopt(zmq.SNDHWM, _PUB_HWM if kind == zmq.PUB else _ANSWER_HWM)
         bound.setsockopt(zmq.MAXMSGSIZE, self._config.max_message_bytes if kind == zmq.PUB else 1024)
         bound.setsockopt(zmq.IPV6, int(":" in self._config.host))
+        listen_to_known(bound, self._token, CURVE_PURPOSE)
         try:
             bound.bind(f"tcp://{_bracketed(self._config.host)}:{port or '*'}")
         except zmq.ZMQError as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import secrets
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +16,20 @@ import grpc
 from kelp.core.errors import CapacityError, WorkerLost
 from kelp.core.handoff_messages import PEER_DESCRIPTION, PeerDescription
 from kelp.core.messages import Rendezvous
+from kelp.core.peer_auth import PeerToken, seal, unseal
 from kelp.core.types import KVLayout
 from kelp.core.wire import decode_message
-from kelp.kv.handoff.wire import CHANNEL_OPTIONS, DESCRIBE, from_rpc_error, rpc_path
+from kelp.kv.handoff.wire import (
+    ATTACH_PROOF,
+    CHANNEL_OPTIONS,
+    DESCRIBE,
+    DESCRIBE_PROOF,
+    DESCRIPTION_PROOF,
+    NONCE_BYTES,
+    from_rpc_error,
+    proof_scope,
+    rpc_path,
+)
 from kelp.transport.base import Agent, Peer
 from kelp.transport.layout import peer_region
 
@@ -31,6 +43,7 @@ class Connection:
     Attributes:
         channel: For its `Attach` calls.
         num_fetches: Handoffs that use the connection now.
+        token: What the worker wants to be shown; None: nothing.
     """
 
     endpoint: str
@@ -38,6 +51,11 @@ class Connection:
     channel: Any
     peer: Peer
     num_fetches: int = 0
+    token: PeerToken | None = None
+
+    def proven(self, first: bytes) -> bytes:
+        """The first message of an `Attach` call, with its proof."""
+        return seal(self.token, ATTACH_PROOF, proof_scope(self.endpoint, self.epoch), first)
 
 
 class PeerDirectory:
@@ -46,9 +64,13 @@ class PeerDirectory:
     Args:
         layout: Of the local pool; peers must match it.
         connect_timeout_s: For describing a peer; connecting is bounded by the agent.
+        token: What peers and we show each other; None: nothing.
     """
 
-    def __init__(self, agent: Agent, layout: KVLayout, connect_timeout_s: float) -> None:
+    def __init__(
+        self, agent: Agent, layout: KVLayout, connect_timeout_s: float, token: PeerToken | None = None
+    ) -> None:
+        self._token = token
         self._agent = agent
         self._layout = layout
         self._connect_timeout_s = connect_timeout_s
@@ -107,7 +129,7 @@ class PeerDirectory:
         endpoint = rendezvous.endpoint
         channel = grpc.aio.insecure_channel(endpoint, options=CHANNEL_OPTIONS)
         try:
-            description = await self._describe(channel, endpoint)
+            description = await self._describe(channel, rendezvous)
             if description.epoch != rendezvous.prefill_epoch:
                 raise WorkerLost(
                     f"prefill worker {endpoint}: epoch {rendezvous.prefill_epoch} was chosen, "
@@ -121,7 +143,7 @@ class PeerDirectory:
         except BaseException:
             await channel.close(None)
             raise
-        connection = Connection(endpoint, description.epoch, channel, peer)
+        connection = Connection(endpoint, description.epoch, channel, peer, token=self._token)
         self._connections[endpoint] = connection
         return connection
 
@@ -131,17 +153,21 @@ class PeerDirectory:
             # Retrieved here, too: every caller may have been cancelled meanwhile.
             task.exception()
 
-    async def _describe(self, channel: Any, endpoint: str) -> PeerDescription:
+    async def _describe(self, channel: Any, rendezvous: Rendezvous) -> PeerDescription:
+        endpoint, scope = rendezvous.endpoint, proof_scope(rendezvous.endpoint, rendezvous.prefill_epoch)
+        nonce = b"" if self._token is None else secrets.token_bytes(NONCE_BYTES)
         call = channel.unary_unary(rpc_path(DESCRIBE))
         try:
-            raw = await call(b"", timeout=self._connect_timeout_s, wait_for_ready=True)
+            question = seal(self._token, DESCRIBE_PROOF, scope, nonce)
+            raw = await call(question, timeout=self._connect_timeout_s, wait_for_ready=True)
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise WorkerLost(
                     f"prefill worker {endpoint} does not answer within {self._connect_timeout_s} s"
                 ) from None
             raise from_rpc_error(error, endpoint) from None
-        return decode_message(PEER_DESCRIPTION, raw, f"description of {endpoint}")
+        opened = unseal(self._token, DESCRIPTION_PROOF, scope, raw, nonce)
+        return decode_message(PEER_DESCRIPTION, opened, f"description of {endpoint}")
 
     async def _forget_predecessor(self, endpoint: str) -> None:
         predecessor = self._connections.get(endpoint)

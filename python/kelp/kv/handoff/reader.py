@@ -11,6 +11,7 @@ from kelp.core.clock import Clock, SystemClock
 from kelp.core.config import HandoffConfig
 from kelp.core.errors import DeadlineExceeded
 from kelp.core.messages import Rendezvous
+from kelp.core.peer_auth import PeerToken
 from kelp.core.types import KVLayout, num_blocks_for
 from kelp.kv.handoff.fetch import Fetch, FetchContext, FetchPlan, FetchResult
 from kelp.kv.handoff.peers import Connection, PeerDirectory
@@ -28,13 +29,21 @@ class HandoffReader:
     Args:
         agent: Has registered the local pool; the caller closes it after the reader.
         layout: Of the local pool.
+        token: What prefill workers and this one show each other; None: nothing.
     """
 
-    def __init__(self, agent: Agent, layout: KVLayout, config: HandoffConfig, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        agent: Agent,
+        layout: KVLayout,
+        config: HandoffConfig,
+        clock: Clock | None = None,
+        token: PeerToken | None = None,
+    ) -> None:
         self._clock = clock or SystemClock()
         self._layout = layout
         self._answer_timeout_s = _ANSWER_TIMEOUTS * config.attach_timeout_s
-        self._peers = PeerDirectory(agent, layout, config.attach_timeout_s)
+        self._peers = PeerDirectory(agent, layout, config.attach_timeout_s, token)
         self._reads = ReadLoop(agent, self._clock, config.transfer_timeout_s)
         self._context = FetchContext(
             self._reads,

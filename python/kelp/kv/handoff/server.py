@@ -14,12 +14,23 @@ import grpc
 
 from kelp.core.clock import Clock, SystemClock
 from kelp.core.config import HandoffConfig
-from kelp.core.errors import CapacityError, ConfigError, InternalError, KelpError, WorkerLost
+from kelp.core.errors import CapacityError, ConfigError, InternalError, KelpError, PeerRefused, WorkerLost
 from kelp.core.handoff_messages import PeerDescription
+from kelp.core.peer_auth import PeerToken, seal, unseal
 from kelp.core.wire import encode_message
 from kelp.kv.handoff.offer import Offer, OfferBoard, failed_event
 from kelp.kv.handoff.session import AttachSession
-from kelp.kv.handoff.wire import ATTACH, DESCRIBE, SERVER_OPTIONS, SERVICE
+from kelp.kv.handoff.wire import (
+    ATTACH,
+    ATTACH_PROOF,
+    DESCRIBE,
+    DESCRIBE_PROOF,
+    DESCRIPTION_PROOF,
+    NONCE_BYTES,
+    SERVER_OPTIONS,
+    SERVICE,
+    proof_scope,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +46,7 @@ class HandoffServer:
     Args:
         description: What readers need to address this worker's pool.
         max_readers: Streams attached or waiting at once; more are refused with CapacityError.
+        token: What readers must know, and this worker shows them; None: nothing.
     """
 
     def __init__(
@@ -43,11 +55,15 @@ class HandoffServer:
         config: HandoffConfig,
         clock: Clock | None = None,
         max_readers: int = 256,
+        token: PeerToken | None = None,
     ) -> None:
         self._description = encode_message(description)
+        self._epoch = description.epoch
+        self._token = token
+        self._scope: tuple[str, ...] = ()
         self._config = config
         self._max_readers = max_readers
-        self._num_readers = 0
+        self._sessions: dict[AttachSession, None] = {}
         self._board = OfferBoard(config.lease_ttl_s, clock or SystemClock())
         self._server: Any = None
         self._sweeper: asyncio.Task[None] | None = None
@@ -60,7 +76,7 @@ class HandoffServer:
     @property
     def num_readers(self) -> int:
         """Streams open."""
-        return self._num_readers
+        return len(self._sessions)
 
     async def start(self, host: str, port: int = 0) -> str:
         """Bind and serve; port 0 takes a free one.
@@ -86,7 +102,9 @@ class HandoffServer:
         await server.start()
         self._server = server
         self._sweeper = asyncio.create_task(self._sweep_forever())
-        return f"{address}:{bound_port}"
+        endpoint = f"{address}:{bound_port}"
+        self._scope = proof_scope(endpoint, self._epoch)
+        return endpoint
 
     async def stop(self) -> None:
         """End all offers and streams; idempotent.
@@ -128,21 +146,41 @@ class HandoffServer:
             except Exception:
                 _log.exception("a lease could not be released")
 
-    async def _describe(self, _request: bytes, _context: Any) -> bytes:
-        return self._description
+    async def _describe(self, request: bytes, context: Any) -> bytes:
+        try:
+            nonce = unseal(self._token, DESCRIBE_PROOF, self._scope, request)
+            if len(nonce) > NONCE_BYTES:
+                raise PeerRefused(f"{DESCRIBE_PROOF}: {len(nonce)} bytes, at most {NONCE_BYTES} are taken")
+        except PeerRefused as error:
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, error.text)
+        return seal(self._token, DESCRIPTION_PROOF, self._scope, self._description, nonce)
 
     async def _attach(self, _requests: Any, context: Any) -> None:
-        if self._num_readers >= self._max_readers:
+        if self.num_readers >= self._max_readers and not self._made_room():
             await self._refuse(context, CapacityError(f"handoff: {self._max_readers} readers are attached"))
             return
-        self._num_readers += 1
+        session = AttachSession(context, self._board, self._config.attach_timeout_s, self._opened)
+        self._sessions[session] = None
         try:
-            await AttachSession(context, self._board, self._config.attach_timeout_s).run()
+            await session.run()
         except Exception as error:
             _log.exception("a handoff stream failed")
             await self._refuse(context, InternalError(f"handoff: {type(error).__name__}"))
         finally:
-            self._num_readers -= 1
+            del self._sessions[session]
+
+    def _made_room(self) -> bool:
+        """Whether a reader that has not shown the token yet makes room: those that know it do so at once."""
+        if self._token is None:
+            return False
+        stranger = next((session for session in self._sessions if session.is_stranger), None)
+        if stranger is not None:
+            stranger.is_stranger = False
+            stranger.make_room()
+        return stranger is not None
+
+    def _opened(self, first: bytes) -> bytes:
+        return unseal(self._token, ATTACH_PROOF, self._scope, first)
 
     async def _refuse(self, context: Any, error: KelpError) -> None:
         if not context.done():

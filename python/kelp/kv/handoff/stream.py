@@ -64,6 +64,7 @@ class AttachStream:
         self._ttl_s = 0.0
         self._is_answered = asyncio.Event()
         self._shall_acknowledge = asyncio.Event()
+        self._proven = connection.proven
         self._call = connection.channel.stream_stream(rpc_path(ATTACH))()
         self._listener = asyncio.create_task(self._listen())
         self._tasks = (
@@ -117,7 +118,7 @@ class AttachStream:
     async def _talk(self) -> None:
         try:
             self.validity.next_heartbeat()
-            await self._write(Attach(handoff_id=self._handoff_id))
+            await self._call.write(self._proven(encode_message(Attach(handoff_id=self._handoff_id))))
             await self._is_answered.wait()
             while not await self._is_leaving(self._ttl_s / _HEARTBEATS_PER_TTL):
                 await self._write(Heartbeat(number=self.validity.next_heartbeat()))

@@ -109,17 +109,23 @@ class TierBooks:
             self.stats.add(KV_TIER_CORRUPT, tier=self.tier.name.lower())
             self.thread.start(self._medium.clear, self.shelf.take_stale([slot]))
 
-    async def recover(self) -> int:
-        """Take over what earlier processes left; returns how many blocks."""
+    async def recover(self, owed: Callable[[], Iterable[bytes | None]] = tuple) -> int:
+        """Take over what earlier processes left; returns how many blocks can be found afterwards.
+
+        Args:
+            owed: Asked when all is read: whose blocks (None: everybody's) are to be cleared before anybody finds them.
+        """
         found = await self.thread.run(lambda: list(self._medium.recovered()))
         # Also where nothing is found: a store that was not committed leaves bytes without a record.
         self.shelf.suspect_free()
         # As if each sequence had been stored in order.
         found.sort(key=lambda item: item[1].position)
         refused = [slot for slot, record in found if not self.shelf.adopt(slot, record)]
+        for tenant in owed():
+            self.shelf.clear(tenant)
         if refused:
             await self.thread.run(self._medium.clear, refused)
-        return len(found) - len(refused)
+        return len(self.shelf)
 
     def _tell_arrived(self) -> None:
         records, self._arrived = self._arrived, []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from kelp.core.kv_manager_values import SlotRef
 from kelp.core.types import SequenceHash, Tier
@@ -73,9 +73,9 @@ class HostTier(TierBooks):
         """A held slot, as a worker is told of it."""
         return SlotRef(slot, self.shelf.record(slot).checksum)
 
-    async def recover(self) -> int:
+    async def recover(self, owed: Callable[[], Iterable[bytes | None]] = tuple) -> int:
         """See `TierBooks`."""
-        num_recovered = await super().recover()
+        num_recovered = await super().recover(owed)
         self._unverified = dict.fromkeys(self.shelf.names())
         return num_recovered
 

@@ -20,6 +20,10 @@ class ObjectNames:
         """Blocks that routers count on."""
         return len(self._tenants)
 
+    def __contains__(self, name: SequenceHash) -> bool:
+        """Whether routers count on a block."""
+        return name in self._tenants
+
     def put(self, records: Sequence[BlockRecord]) -> None:
         """The store has these consecutive blocks."""
         fresh = [record for record in records if record.sequence_hash not in self._tenants]

@@ -11,20 +11,27 @@ from kelp.core.config import KelpConfig
 from kelp.core.errors import ProtocolError
 from kelp.core.kv_manager_messages import SpaceRecord
 from kelp.core.metrics import Metrics
+from kelp.core.peer_auth import PeerToken
 from kelp.core.types import KVLayout
 from kelp.kv.eviction.base import EvictionPolicy
 from kelp.kv.tiers.base import DiskTier, HostArena, ObjectTier
+from kelp.kv.tiers.clears import ClearJournal
 from kelp.timing.model import TimingModel
 from kelp.transport.base import Agent
 
 
 @dataclass(frozen=True, slots=True)
 class Tiers:
-    """The tiers of one space."""
+    """The tiers of one space.
+
+    Attributes:
+        journal: Of clears; None where nothing outlives the manager.
+    """
 
     arena: HostArena
     disk: DiskTier | None = None
     objects: ObjectTier | None = None
+    journal: ClearJournal | None = None
 
     def close(self, is_kept: bool) -> None:
         """Close all; with `is_kept` the arena's content stays for the next process."""
@@ -53,6 +60,7 @@ class ManagerParts:
     Attributes:
         open_agent: A transport agent without memory.
         make_policy: Eviction policy for so many slots.
+        token: Who follows the events must know it; None: everybody may.
     """
 
     open_tiers: TierOpener
@@ -61,6 +69,7 @@ class ManagerParts:
     config: KelpConfig
     clock: Clock
     metrics: Metrics
+    token: PeerToken | None = None
 
 
 def block_bytes_of(space: SpaceRecord) -> int:

@@ -21,7 +21,7 @@ from kelp.kv.manager.host import HostTier
 from kelp.kv.manager.objects import ObjectNames
 from kelp.kv.manager.quarantine import Quarantine
 from kelp.kv.manager.rates import TierRates
-from kelp.kv.manager.threads import TierThread
+from kelp.kv.manager.threads import TierThread, to_its_end
 from kelp.kv.tiers.base import BlockRecord, DiskTier, ObjectTier
 
 _log = logging.getLogger(__name__)
@@ -68,14 +68,18 @@ class PromotionParts:
 
 
 class Promotions:
-    """From one lower tier; `bring` and `run` belong to one event loop."""
+    """From one lower tier; `bring` and `run` belong to one event loop.
+
+    Attributes:
+        quarantine: Of slots that a failed read may still touch.
+    """
 
     def __init__(self, tier: Tier, common: PromotionParts, quarantine: Quarantine) -> None:
         self.tier = tier
         self._host = common.host
         self._rates = common.rates
         self._coming = common.coming
-        self._quarantine = quarantine
+        self.quarantine = quarantine
         self._queue: deque[Promotion] = deque()
         self._has_work = asyncio.Event()
 
@@ -100,8 +104,7 @@ class Promotions:
                 self._has_work.clear()
                 await self._has_work.wait()
             chunk = self._take_chunk()
-            # To its end, whoever is cancelled: slots in a thread's hands must not be given away.
-            await asyncio.shield(asyncio.ensure_future(self._promote_guarded(chunk)))
+            await to_its_end(self._promote_guarded(chunk))
 
     def _take_chunk(self) -> list[Promotion]:
         chunk: list[Promotion] = []
@@ -137,7 +140,7 @@ class Promotions:
         for promotion, slot, record in zip(chunk, slots, found, strict=False):
             self._land(promotion, slot, record)
         failed = [slot for slot, record in zip(slots, found, strict=True) if record is None]
-        await self._quarantine.end(failed, self._host.shelf.drop)
+        await self.quarantine.end(failed, self._host.shelf.drop)
 
     def _reserve(self, chunk: list[Promotion]) -> list[int]:
         slots: list[int] = []
@@ -196,11 +199,16 @@ class DiskPromotions(Promotions):
     def _may_follow(self, chunk: Sequence[Promotion], promotion: Promotion) -> bool:
         return True
 
-    async def _read(self, chunk: Sequence[Promotion], slots: Sequence[int]) -> list[BlockRecord | None]:
+    async def read(self, names: Sequence[SequenceHash], slots: Sequence[int]) -> list[BlockRecord | None]:
+        """Read blocks into slots of the host tier, pairwise; a record for each that is right.
+
+        Raises:
+            KelpError: Slots of those that are missing may still be written to: `Quarantine` says how long.
+        """
         shelf = self._books.shelf
         moves: list[tuple[int, int, BlockRecord]] = []
-        for promotion, slot in zip(chunk, slots, strict=True):
-            source = shelf.slot(promotion.name)
+        for name, slot in zip(names, slots, strict=True):
+            source = shelf.slot(name)
             if source is not None:
                 shelf.hold(source)
                 moves.append((source, slot, shelf.record(source)))
@@ -215,10 +223,14 @@ class DiskPromotions(Promotions):
         finally:
             for source, _, _ in moves:
                 shelf.release(source)
-        for name in found:
-            if name in shelf:
-                shelf.hit(name)
-        return [found.get(promotion.name) for promotion in chunk]
+        return [found.get(name) for name in names]
+
+    async def _read(self, chunk: Sequence[Promotion], slots: Sequence[int]) -> list[BlockRecord | None]:
+        found = await self.read([promotion.name for promotion in chunk], slots)
+        for record in found:
+            if record is not None and record.sequence_hash in self._books.shelf:
+                self._books.shelf.hit(record.sequence_hash)
+        return found
 
 
 class ObjectPromotions(Promotions):

@@ -130,7 +130,7 @@ class KvBlockManager:
             names = [SequenceHash(name) for name in operation.hashes]
             return Done(self._space.pin(names, operation.ttl_s))
         assert isinstance(operation, Clear)
-        return Done(await self._space.clear(operation.tenant))
+        return Done(await self._space.clearing.clear(operation.tenant, operation.tiers))
 
     async def _join(self, operation: Join) -> Joined:
         space = await self._space_for(operation.space)

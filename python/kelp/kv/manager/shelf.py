@@ -62,6 +62,11 @@ class Shelf:
         """Pinned blocks."""
         return len(self._pins)
 
+    @property
+    def num_free(self) -> int:
+        """Slots that can be taken without anything leaving."""
+        return self.slots.count(SlotState.FREE)
+
     def used_by(self, tenant: bytes) -> int:
         """Slots that a tenant's blocks take, those on their way included."""
         return self._used[tenant]
@@ -73,6 +78,11 @@ class Shelf:
     def slot(self, name: SequenceHash) -> int | None:
         """Where a block lies."""
         return self._by_name.get(name)
+
+    def resident(self, begin: int, end: int) -> list[BlockRecord]:
+        """Blocks that can be found in the slots from `begin` on, `end` excluded."""
+        slots = range(begin, min(end, len(self.slots)))
+        return [self.record(slot) for slot in slots if self.slots.state(slot) is SlotState.RESIDENT]
 
     def record(self, slot: int) -> BlockRecord:
         """What lies in a slot that is RESIDENT or DOOMED."""

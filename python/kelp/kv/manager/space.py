@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
-from kelp.core.errors import KelpError
+from kelp.core.kv_events import KVEventSink
 from kelp.core.kv_manager_messages import Join, SpaceRecord
 from kelp.core.metrics import KV_MANAGER_HELD, KV_TIER_QUEUE
 from kelp.core.types import SequenceHash, Tier
 from kelp.kv.events import EventPublisher
 from kelp.kv.manager.books import BookParts, TierBooks
-from kelp.kv.manager.cascade import DiskWrites, ObjectWrites, WriteAdmission
-from kelp.kv.manager.events import TierEvents
+from kelp.kv.manager.cascade import DiskWrites, ObjectWrites
+from kelp.kv.manager.clearing import Clearing
 from kelp.kv.manager.host import HostTier
+from kelp.kv.manager.lower import Above, DiskSide, StoreSide
 from kelp.kv.manager.members import Member, Members
-from kelp.kv.manager.objects import ObjectNames
-from kelp.kv.manager.onboarding import ObjectFinder, Onboarding
+from kelp.kv.manager.onboarding import Onboarding
 from kelp.kv.manager.opening import OpenedTiers
-from kelp.kv.manager.parts import ManagerParts, Tiers, block_bytes_of, recompute_cost
+from kelp.kv.manager.parts import ManagerParts, block_bytes_of, recompute_cost
 from kelp.kv.manager.pool_reads import PoolReads
-from kelp.kv.manager.promotions import DiskPromotions, ObjectPromotions, PromotionParts, Promotions
-from kelp.kv.manager.quarantine import Quarantine
+from kelp.kv.manager.promotions import PromotionParts
 from kelp.kv.manager.rates import TierRates
 from kelp.kv.manager.shelf_watch import ShelfLimits
 from kelp.kv.manager.stats import ManagerStats
 from kelp.kv.manager.stores import Stores
-from kelp.kv.manager.threads import TierThread
-from kelp.kv.tiers.admission import OfferFilter, WriteBudget
 from kelp.kv.tiers.base import BlockRecord
 
 _log = logging.getLogger(__name__)
@@ -38,7 +34,6 @@ _SWEEPS_PER_TTL = 40
 _MAX_SWEEP_S = 0.5
 _SILENT_TTLS = 3.0
 _FAREWELL_S = 2.0
-_REMEMBERED_OFFERS = 1_000_000
 
 
 class Space:
@@ -65,37 +60,49 @@ class Space:
         config, block_bytes = parts.config, block_bytes_of(record)
         self.publisher = _publisher(self.epoch, record.block_size, parts) if config.events.enabled else None
         sink = self.publisher.sink if self.publisher is not None else lambda _: None
-        books = BookParts(
-            make_policy=parts.make_policy,
-            limits=ShelfLimits(config.kv_manager.tenant_share, config.kv_manager.max_pinned_share),
-            recompute_s=recompute_cost(record.block_size),
-            block_bytes=block_bytes,
-            sink=sink,
-            stats=stats,
-            clock=parts.clock,
-        )
+        books = _book_parts(record, parts, sink, stats)
         self.host = HostTier(tiers.arena, config.kv_manager.lease_ttl_s, books)
         self.members = Members(agent, block_bytes, parts.clock)
         self._reads = PoolReads(agent, self.members, block_bytes, parts.clock)
         self.stores = Stores(self.host, self.members, self._reads, self._offer_below)
-        self._rates = TierRates(block_bytes)
-        self._promotions: dict[Tier, Promotions] = {}
-        self._quarantines: list[Quarantine] = []
-        self.disk: TierBooks | None = None
-        self.disk_writes: DiskWrites | None = None
-        self.object_writes: ObjectWrites | None = None
-        self._object_thread: TierThread | None = None
-        self._object_names = ObjectNames(TierEvents(Tier.OBJECT, sink))
-        finder = self._add_lower_tiers(tiers, books)
+        rates = TierRates(block_bytes)
+        above = Above(self.host, PromotionParts(self.host, rates))
+        self._disk = DiskSide(tiers.disk, above, books, config.disk_tier) if tiers.disk is not None else None
+        self._store: StoreSide | None = None
+        if tiers.objects is not None:
+            self._store = StoreSide(tiers.objects, above, self._disk, sink, config.object_tier)
+        self._below: list[DiskSide | StoreSide] = [side for side in (self._disk, self._store) if side is not None]
+        self.clearing = Clearing(self.host, self.stores, self._disk, self._store, tiers.journal)
+        promotions = {side.promotions.tier: side.promotions for side in self._below}
         self.onboarding = Onboarding(
-            self.host, self.disk, finder, self._promotions, self._rates, on_used=self._offer_to_disk
+            self.host,
+            self.disk,
+            self._store.finder if self._store is not None else None,
+            promotions,
+            rates,
+            on_used=self._offer_to_disk,
         )
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
     def tiers(self) -> tuple[Tier, ...]:
         """Tiers that there are."""
-        return (Tier.HOST, *self._promotions)
+        return (Tier.HOST, *(side.promotions.tier for side in self._below))
+
+    @property
+    def disk(self) -> TierBooks | None:
+        """Books of the disk tier."""
+        return self._disk.books if self._disk is not None else None
+
+    @property
+    def disk_writes(self) -> DiskWrites | None:
+        """What is on its way to the disk."""
+        return self._disk.writes if self._disk is not None else None
+
+    @property
+    def object_writes(self) -> ObjectWrites | None:
+        """What is on its way to the object store."""
+        return self._store.writes if self._store is not None else None
 
     @property
     def is_used(self) -> bool:
@@ -109,15 +116,15 @@ class Space:
         """
         if self.publisher is not None:
             self.publisher.start()
-        num_recovered = await self.host.recover()
+        await self.clearing.load()
+        num_recovered = await self.host.recover(lambda: self.clearing.inherited(Tier.HOST))
         if num_recovered:
             _log.info("%d KV blocks of an earlier process are in the host tier", num_recovered)
-        loops = [self._sweep_forever(), self._check_recovered()]
-        loops += [promotions.run() for promotions in self._promotions.values()]
-        if self.disk is not None:
-            loops.append(self._serve_disk(self.disk))
-        if self.object_writes is not None:
-            loops += [self.object_writes.run(), self._refresh_forever()]
+        loops = [self._sweep_forever(), self._check_recovered(), self.clearing.finish()]
+        if self._disk is not None:
+            loops += self._disk.loops(lambda: self.clearing.inherited(Tier.DISK), self._found_on_disk)
+        if self._store is not None:
+            loops += self._store.loops(self.clearing.reached)
         self._tasks = [asyncio.ensure_future(_supervised(loop)) for loop in loops]
 
     async def close(self, is_kept: bool) -> None:
@@ -157,23 +164,6 @@ class Space:
             return sum(name in shelf for name in names)
         return sum(shelf.pin(name, until_s) for name in names)
 
-    async def clear(self, tenant: bytes | None) -> int:
-        """Remove a tenant's blocks (None: everybody's) from all tiers; how many could be found here.
-
-        Raises:
-            KelpError: The object store could not be reached; all else is done.
-        """
-        num_removed = self.host.shelf.clear(tenant)
-        self.stores.cleared()
-        await self.host.wiped()
-        if self.disk is not None:
-            num_removed += self.disk.shelf.clear(tenant)
-            await self.disk.wiped()
-        if self._tiers.objects is not None and self._object_thread is not None:
-            num_removed += await self._object_thread.run(self._tiers.objects.forget, tenant)
-            self._object_names.forget(tenant)
-        return num_removed
-
     def sweep(self) -> None:
         """Let go of what has run out, and of workers that are silent."""
         now_s = self._clock.monotonic_s()
@@ -192,47 +182,15 @@ class Space:
         held = {
             "leases": len(self.host.leases), "pins": shelf.num_pins, "stores": len(self.stores),
             "workers": len(self.members), "references": shelf.slots.num_references,
-            "unverified": self.host.num_unverified, "quarantined": sum(map(len, self._quarantines)),
+            "unverified": self.host.num_unverified, "quarantined": sum(len(side.quarantine) for side in self._below),
+            "clears": len(self.clearing),
         }  # fmt: skip
         for kind, count in held.items():
             stats.set(KV_MANAGER_HELD, count, kind=kind)
-        for tier, promotions in self._promotions.items():
-            stats.set(KV_TIER_QUEUE, promotions.num_waiting, tier=tier.name.lower(), direction="read")
-        if self.disk is not None and self.disk_writes is not None:
-            stats.shelf(Tier.DISK, self.disk.shelf, self.host.block_bytes)
-            stats.set(KV_TIER_QUEUE, self.disk_writes.num_waiting, tier="disk", direction="write")
-        if self._tiers.disk is not None:
-            stats.disk(self._tiers.disk)
-        if self._tiers.objects is not None:
-            stats.objects(self._tiers.objects)
-        if self.object_writes is not None:
-            stats.set(KV_TIER_QUEUE, self.object_writes.num_waiting, tier="object", direction="write")
-
-    def _add_lower_tiers(self, tiers: Tiers, books: BookParts) -> ObjectFinder | None:
-        host, config = self.host, self._config.disk_tier
-        common = PromotionParts(host, self._rates)
-        if tiers.disk is not None:
-            disk = tiers.disk
-            self.disk = TierBooks(Tier.DISK, disk, books)
-            quarantine = self._quarantine(self.disk.thread, lambda: disk.stuck_slots)
-            admission = WriteAdmission(
-                OfferFilter(config.min_offers, _REMEMBERED_OFFERS),
-                WriteBudget(config.max_write_bytes_per_s, host.block_bytes, self._clock),
-            )
-            self.disk_writes = DiskWrites(disk, self.disk, host, admission, quarantine)
-            self._promotions[Tier.DISK] = DiskPromotions(disk, self.disk, common, quarantine)
-        if tiers.objects is None:
-            return None
-        objects, names = tiers.objects, self._object_names
-        thread = self._object_thread = TierThread("kelp-kv-object")
-        quarantine = self._quarantine(thread, objects.quarantined)
-        self.object_writes = ObjectWrites(objects, names, thread, host, quarantine)
-        self._promotions[Tier.OBJECT] = ObjectPromotions(objects, names, thread, common, quarantine)
-        return ObjectFinder(objects, thread)
-
-    def _quarantine(self, thread: TierThread, stuck: Callable[[], frozenset[int]]) -> Quarantine:
-        self._quarantines.append(Quarantine(thread, stuck))
-        return self._quarantines[-1]
+        for side in self._below:
+            side.report(stats)
+            tier = side.promotions.tier.name.lower()
+            stats.set(KV_TIER_QUEUE, side.promotions.num_waiting, tier=tier, direction="read")
 
     def _offer_below(self, records: Sequence[BlockRecord]) -> None:
         self._offer_to_disk(records)
@@ -243,11 +201,10 @@ class Space:
         if self.disk_writes is not None:
             self.disk_writes.offer(records)
 
-    async def _serve_disk(self, disk: TierBooks) -> None:
-        assert self.disk_writes is not None
-        num_recovered = await disk.recover()
-        _log.info("%d KV blocks are on disk", num_recovered)
-        await self.disk_writes.run()
+    def _found_on_disk(self) -> None:
+        # They may be missing in the store.
+        if self.object_writes is not None:
+            self.object_writes.missed.set()
 
     async def _check_recovered(self) -> None:
         while self.host.num_unverified:
@@ -257,35 +214,39 @@ class Space:
         while True:
             await asyncio.sleep(min(self.host.leases.ttl_s / _SWEEPS_PER_TTL, _MAX_SWEEP_S))
             self.sweep()
+            await self.clearing.sweep()
             self.report()
-            for quarantine in self._quarantines:
-                await quarantine.sweep()
-
-    async def _refresh_forever(self) -> None:
-        objects, thread = self._tiers.objects, self._object_thread
-        assert objects is not None and thread is not None
-        while True:
-            with contextlib.suppress(KelpError):
-                self._object_names.keep(await thread.run(lambda: list(objects.refresh())))
-            await asyncio.sleep(self._config.object_tier.refresh_s)
+            for side in self._below:
+                await side.quarantine.sweep()
 
     def _close_threads(self, is_kept: bool) -> None:
         self.members.close()
         self._reads.close()
         self.host.thread.close()
-        if self.disk is not None:
-            self.disk.thread.close()
-        if self._object_thread is not None:
-            self._object_thread.close()
+        for side in self._below:
+            side.thread.close()
         self._agent.close()
         self._tiers.close(is_kept)
         if self.publisher is not None:
             self.publisher.close()
 
 
+def _book_parts(record: SpaceRecord, parts: ManagerParts, sink: KVEventSink, stats: ManagerStats) -> BookParts:
+    config = parts.config.kv_manager
+    return BookParts(
+        make_policy=parts.make_policy,
+        limits=ShelfLimits(config.tenant_share, config.max_pinned_share),
+        recompute_s=recompute_cost(record.block_size),
+        block_bytes=block_bytes_of(record),
+        sink=sink,
+        stats=stats,
+        clock=parts.clock,
+    )
+
+
 def _publisher(epoch: str, block_size: int, parts: ManagerParts) -> EventPublisher:
     changes = {"port": parts.config.kv_manager.port, "replay_port": 0}
-    return EventPublisher(epoch, block_size, parts.config.events.model_copy(update=changes), parts.clock)
+    return EventPublisher(epoch, block_size, parts.config.events.model_copy(update=changes), parts.clock, parts.token)
 
 
 async def _supervised(work: Coroutine[Any, Any, None]) -> None:

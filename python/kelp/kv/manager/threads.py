@@ -8,13 +8,26 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from kelp.core.errors import InternalError, KelpError
 
 _log = logging.getLogger(__name__)
 ResultT = TypeVar("ResultT")
+
+
+async def to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """Await work that is never left half done, because slots in a thread's hands must not be given away.
+
+    Whoever is cancelled while it waits is cancelled afterwards.
+    """
+    working = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(working)
+    except asyncio.CancelledError:
+        await asyncio.wait({working})
+        raise
 
 
 class TierThread:
@@ -54,5 +67,7 @@ class TierThread:
 
     def _ended(self, done: asyncio.Future[Any]) -> None:
         self.num_waiting -= 1
-        if not done.cancelled() and (error := done.exception()) is not None:
+        error = None if done.cancelled() else done.exception()
+        # What tiers say themselves is for whoever asked.
+        if error is not None and not isinstance(error, KelpError):
             _log.error("a call of a KV tier failed", exc_info=error)

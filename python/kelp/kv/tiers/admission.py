@@ -36,9 +36,14 @@ class OfferFilter:
         return False
 
     def restore(self, name: SequenceHash) -> None:
-        """A block that was admitted was not written after all: its next offer is admitted again."""
+        """A block that was admitted was not written after all: it stays admitted."""
         if self._min_offers > 1:
-            self._remember(name, self._min_offers - 1)
+            self._offers.pop(name, None)
+            self._remember(name, self._min_offers)
+
+    def has_admitted(self, name: SequenceHash) -> bool:
+        """Whether a block could be written now without a further offer."""
+        return self._min_offers <= 1 or self._offers.get(name, 0) >= self._min_offers
 
     def _remember(self, name: SequenceHash, offers: int) -> None:
         self._offers[name] = offers
@@ -72,25 +77,3 @@ class WriteBudget:
             return False
         self._tokens -= num_bytes
         return True
-
-
-class Admission:
-    """Both questions as one.
-
-    Args:
-        block_bytes: What a block takes of the budget.
-    """
-
-    def __init__(self, offers: OfferFilter, budget: WriteBudget, block_bytes: int) -> None:
-        self._offers = offers
-        self._budget = budget
-        self._block_bytes = block_bytes
-
-    def admit(self, name: SequenceHash) -> bool:
-        """A block is offered; whether it may be written now. One refused for the budget has not lost its offers."""
-        if not self._offers.admits(name):
-            return False
-        if self._budget.allows(self._block_bytes):
-            return True
-        self._offers.restore(name)
-        return False

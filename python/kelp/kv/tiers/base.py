@@ -104,6 +104,10 @@ class DiskTier(Protocol):
     def clear(self, slots: Iterable[int], is_wiped: bool = False) -> None:
         """The slots mean nothing any more; `is_wiped` gives the bytes back to the file system too."""
 
+    @property
+    def owes_wipes(self) -> bool:
+        """Whether bytes of slots that were to be wiped still lie there; every `read`, `write` and wipe tries again."""
+
     def recovered(self) -> Iterator[tuple[int, BlockRecord]]:
         """What earlier processes left, once, at the start, with progress in the log; content is verified at `read`."""
 
@@ -155,7 +159,15 @@ class ObjectTier(Protocol):
         """
 
     def forget(self, tenant: bytes | None) -> int:
-        """Delete all objects of a tenant (None: of all), whoever wrote them; returns how many there were."""
+        """Delete all objects of a tenant (None: of all), whoever wrote them; returns how many there were.
+
+        Raises:
+            RetryableTransferError: The store could not be reached; `refresh` goes on with it.
+        """
+
+    @property
+    def owed(self) -> frozenset[bytes | None]:
+        """Arguments of `forget` that `refresh` has to go on with."""
 
     def refresh(self) -> Iterable[tuple[SequenceHash, ...]]:
         """Learn what other hosts wrote or deleted and keep the quota; gives the groups' last hashes known now."""

@@ -111,6 +111,17 @@ class _Overlaps(NamedTuple):
     onboard_s: Column
 
 
+class _Others(NamedTuple):
+    """Attributes: see `Costs`; `decode_s` is what their decoding adds to a step."""
+
+    decode_s: Column
+    prefill_s: Column
+    in_order_s: Column
+    shared_s: Column
+    queue_s: Column
+    hold_up_s: Column
+
+
 class CostModel:
     """Fills the record from fleet, load, rates and the index's answer."""
 
@@ -127,14 +138,8 @@ class CostModel:
         block_size = fleet.block_size[at]
         num_prompt = float(request.num_prompt_tokens)
         overlap, tiers, used, cached, onboard_s = self._overlaps(candidates, matches, num_prompt)
-        slowness = rates.slowness[at]
-        num_decoding = load.num_decoding[at].copy()
-        decode_s = slowness * (num_decoding * rates.sequence_s + load.context_tokens[at] * rates.context_s)
         uncached, steps, compute_s = self._computation(at, cached, num_prompt)
-        prefill_s = compute_s + steps * decode_s
-        in_order_s, shared_s = self._waits(at, decode_s, prefill_s, now_s)
-        in_order = self._order.in_order
-        queue_s = in_order * in_order_s + (1.0 - in_order) * shared_s
+        others = self._others(at, steps, compute_s, now_s)
         return Costs(
             slots=candidates.slots,
             num_prompt_tokens=num_prompt,
@@ -144,7 +149,7 @@ class CostModel:
             active=load.active[at] + load.foreign[at],
             pending_tokens=load.pending_tokens[at].copy(),
             kv_tokens=load.kv_tokens[at].copy(),
-            num_decoding=num_decoding,
+            num_decoding=load.num_decoding[at].copy(),
             block_size=block_size,
             placed_tokens=load.placed_tokens[at].copy(),
             overlap=overlap,
@@ -153,15 +158,16 @@ class CostModel:
             uncached=uncached,
             steps=steps,
             compute_s=compute_s,
-            in_order_s=in_order_s,
-            shared_s=shared_s,
-            queue_s=queue_s,
-            hold_up_s=(1.0 - in_order) * shared_s,
-            prefill_s=prefill_s,
+            in_order_s=others.in_order_s,
+            shared_s=others.shared_s,
+            queue_s=others.queue_s,
+            hold_up_s=others.hold_up_s,
+            prefill_s=others.prefill_s,
             onboard_s=onboard_s,
             transfer_s=np.zeros(len(candidates.slots)),
-            ttft_s=queue_s + prefill_s + onboard_s,
-            itl_s=slowness * (rates.step_s + rates.sequence_s + num_prompt * rates.context_s) + decode_s,
+            ttft_s=others.queue_s + others.prefill_s + onboard_s,
+            itl_s=rates.slowness[at] * (rates.step_s + rates.sequence_s + num_prompt * rates.context_s)
+            + others.decode_s,
         )
 
     def _computation(self, at: Slots | slice, cached: Column, num_prompt: float) -> tuple[Column, Column, Column]:
@@ -173,12 +179,22 @@ class CostModel:
         per_token_s = half_pair_s * cached + (rates.token_s + half_pair_s * num_prompt)
         return uncached, steps, rates.slowness[at] * (steps * rates.step_s + uncached * per_token_s)
 
-    def _waits(self, at: Slots | slice, decode_s: Column, prefill_s: Column, now_s: float) -> tuple[Column, Column]:
-        """Until the prompts before it are done, and until those are that a prompt of its length waits for."""
-        load = self._load
+    def _others(self, at: Slots | slice, steps: Column, compute_s: Column, now_s: float) -> _Others:
+        """What the requests cost that are there already."""
+        load, rates, in_order = self._load, self.rates, self._order.in_order
+        if not load.active[at].any():
+            # What follows from zeros: a lone request need not wait until they have been added up.
+            nothing = np.zeros(len(compute_s))
+            return _Others(nothing, compute_s, nothing, nothing, nothing, nothing)
+        decode_s = rates.slowness[at] * (
+            load.num_decoding[at] * rates.sequence_s + load.context_tokens[at] * rates.context_s
+        )
+        prefill_s = compute_s + steps * decode_s
         elapsed_s = np.minimum(now_s - load.head_since_s[at], load.head_s[at])
         in_order_s = load.pending_s[at] - elapsed_s + load.pending_steps[at] * decode_s
-        return in_order_s, np.minimum(in_order_s, load.num_pending[at] * prefill_s)
+        shared_s = np.minimum(in_order_s, load.num_pending[at] * prefill_s)
+        hold_up_s = (1.0 - in_order) * shared_s
+        return _Others(decode_s, prefill_s, in_order_s, shared_s, in_order * in_order_s + hold_up_s, hold_up_s)
 
     def _overlaps(self, candidates: Candidates, matches: Matches, num_prompt: float) -> _Overlaps:
         """What lies at the candidates, and what of it they will use."""

@@ -24,6 +24,8 @@ class RoutingRequest:
         model_id: What the worker must serve; empty where all serve the same.
         required_tags: Tags that a worker must have, by name.
         preferred_tags: Tags that make a worker cheaper.
+        tenant: Whose it is: tenants share what there is too little of; empty for those without a cache salt.
+        is_resumed: Part of the answer is with the client: it waits for nobody, and is not refused for want of time.
     """
 
     num_prompt_tokens: int
@@ -37,3 +39,5 @@ class RoutingRequest:
     model_id: str = ""
     required_tags: Mapping[str, str] = field(default_factory=dict)
     preferred_tags: Mapping[str, str] = field(default_factory=dict)
+    tenant: str = ""
+    is_resumed: bool = False

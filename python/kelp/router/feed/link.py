@@ -11,6 +11,7 @@ from kelp.core.clock import Clock
 from kelp.core.config import EventsConfig
 from kelp.core.kv_events import BlocksCleared, BlocksStored, KVEvent
 from kelp.core.metrics import KV_EVENT_BLOCKS, KV_EVENT_DROPPED, KV_EVENT_RECOVERIES, MetricFamily
+from kelp.core.peer_auth import PeerToken
 from kelp.kv.events.codec import ForeignEvent
 from kelp.kv.events.frames import SNAPSHOT_REQUEST, encode_seq
 from kelp.kv.events.residency import split
@@ -67,9 +68,11 @@ class WorkerLink:
         state = self._subscription.state
         return SubscriptionState.RECOVERING if self._todo and state is SubscriptionState.LIVE else state
 
-    def open(self, context: zmq.Context[zmq.Socket[bytes]], on_ready: Callable[[], None]) -> None:
-        """Connect and ask for what the worker holds."""
-        self._sockets = SubscriptionSockets(context, self._config, *self.endpoints, on_ready)
+    def open(
+        self, context: zmq.Context[zmq.Socket[bytes]], on_ready: Callable[[], None], token: PeerToken | None = None
+    ) -> None:
+        """Connect, to one who knows the token if there is one, and ask for what the worker holds."""
+        self._sockets = SubscriptionSockets(context, self._config, *self.endpoints, on_ready, token)
         self._perform(self._subscription.start(self._clock.monotonic_s()))
 
     def close(self) -> None:

@@ -17,6 +17,7 @@ class Publisher(NamedTuple):
         endpoint: `host:port` of its events; empty if it does not publish.
         replay_endpoint: `host:port` for requests; empty for none.
         layout: Of the blocks, should a foreign engine publish; None: none does.
+        asks_token: Its sockets serve those who know the peers' token.
     """
 
     name: str
@@ -24,13 +25,14 @@ class Publisher(NamedTuple):
     endpoint: str
     replay_endpoint: str
     layout: LayoutRecord | None
+    asks_token: bool = False
 
 
 def publisher_of(record: WorkerRecord | KvManagerRecord) -> Publisher:
     """Who publishes for a record."""
     name, epoch = record.key
     layout = record.layout if isinstance(record, WorkerRecord) else None
-    return Publisher(name, epoch, record.events_endpoint, record.replay_endpoint, layout)
+    return Publisher(name, epoch, record.events_endpoint, record.replay_endpoint, layout, record.asks_token)
 
 
 class Publishers(Protocol):

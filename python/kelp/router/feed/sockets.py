@@ -9,6 +9,9 @@ from typing import NamedTuple
 import zmq
 
 from kelp.core.config import EventsConfig
+from kelp.core.peer_auth import PeerToken
+from kelp.kv.events.curve import OVERHEAD_BYTES, connect_to_known
+from kelp.kv.events.frames import CURVE_PURPOSE
 
 _RECEIVE_HWM = 4096
 _RECONNECT_MS, _MAX_RECONNECT_MS = 100, 5000
@@ -30,6 +33,7 @@ class SubscriptionSockets:
         endpoint: `host:port` of the events.
         replay_endpoint: `host:port` for requests; empty for none.
         on_ready: Called in the loop when `read` may find something.
+        token: What the publisher knows; None for one that asks for nothing.
     """
 
     def __init__(
@@ -39,7 +43,9 @@ class SubscriptionSockets:
         endpoint: str,
         replay_endpoint: str,
         on_ready: Callable[[], None],
+        token: PeerToken | None = None,
     ) -> None:
+        self._token = token
         self._context = context
         self._config = config
         self._replay_endpoint = replay_endpoint
@@ -90,11 +96,12 @@ class SubscriptionSockets:
         connected = self._context.socket(kind)
         connected.setsockopt(zmq.LINGER, 0)
         connected.setsockopt(zmq.RCVHWM, _RECEIVE_HWM)
-        connected.setsockopt(zmq.MAXMSGSIZE, self._config.max_message_bytes)
+        connected.setsockopt(zmq.MAXMSGSIZE, self._config.max_message_bytes + OVERHEAD_BYTES)
         connected.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
         connected.setsockopt(zmq.RECONNECT_IVL_MAX, _MAX_RECONNECT_MS)
         connected.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
         connected.setsockopt(zmq.IPV6, int("[" in endpoint))
+        connect_to_known(connected, self._token, CURVE_PURPOSE)
         try:
             connected.connect(f"tcp://{endpoint}")
         except zmq.ZMQError:

@@ -23,6 +23,7 @@ from kelp.core.config import EventsConfig
 from kelp.core.hashing import seed_hash
 from kelp.core.metrics import Metrics
 from kelp.core.model_identity import lora_id
+from kelp.core.peer_auth import PeerToken
 from kelp.core.types import SequenceHash
 from kelp.router.feed.link import WorkerLink
 from kelp.router.feed.publisher import EventTarget, Publisher, Publishers, publisher_of
@@ -43,10 +44,20 @@ class FeedOptions:
     Attributes:
         adapters: Content digest of each LoRA adapter by its name, to name the blocks of foreign engines.
         ttl_s: See `router.feed.patience`.
+        token: What publishers and routers know; a publisher that asks for none is followed only if
+            `allow_foreign` says so.
     """
 
     adapters: Mapping[str, str] = field(default_factory=dict)
     ttl_s: float = 30.0
+    token: PeerToken | None = None
+    allow_foreign: bool = False
+
+    def may_follow(self, publisher: Publisher) -> bool:
+        """Whether it can be believed, and lets us listen."""
+        if publisher.asks_token:
+            return self.token is not None
+        return self.token is None or self.allow_foreign
 
 
 class EventFeed:
@@ -128,21 +139,29 @@ class EventFeed:
             self._follow(slot, publisher)
 
     def _follow(self, slot: int, publisher: Publisher) -> None:
+        if not self._options.may_follow(publisher):
+            known = "the peers' token, and here is none" if publisher.asks_token else "none, and here is one"
+            self._note_unreachable(slot, publisher, f"peers.token_file: it asks for {known}")
+            return
         can_ask, jitter = bool(publisher.replay_endpoint), partial(random.uniform, 0.5, 1.0)
         subscription = Subscription(self._config, can_ask, jitter, self._options.ttl_s)
         link = WorkerLink(slot, publisher, self._config, self._clock, self._seeds(publisher), subscription)
         try:
-            link.open(self._context, partial(self._wake, slot))
+            token = self._options.token if publisher.asks_token else None
+            link.open(self._context, partial(self._wake, slot), token)
         except (OSError, zmq.ZMQError) as error:
             # No address, or no descriptor left: the worker lives on expectations, and the router goes on.
-            if slot not in self._unreachable:
-                _log.warning("no events from %s (%s): %s", publisher.name, publisher.endpoint, error)
-            self._unreachable.add(slot)
+            self._note_unreachable(slot, publisher, str(error))
             link.close()
             return
         self._unreachable.discard(slot)
         self._links[slot] = link
         self._wake(slot)
+
+    def _note_unreachable(self, slot: int, publisher: Publisher, why: str) -> None:
+        if slot not in self._unreachable:
+            _log.warning("no events from %s (%s): %s", publisher.name, publisher.endpoint, why)
+        self._unreachable.add(slot)
 
     def _on_left(self, slot: int) -> None:
         self._unfollow(slot)

@@ -1,7 +1,7 @@
 """Carries `replicas` over ZMQ: a PUB socket for this router's loads, a SUB for the others', and questions between them.
 
 Routers find each other through the registry. Nothing here is waited for by a request, but for `ask_all` (explanations).
-Sockets carry no secrets and listen where `replicas.host` says: loopback unless configured otherwise.
+Sockets listen where `replicas.host` says, loopback unless configured otherwise, for those who know the peers' token.
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ import zmq.asyncio
 from kelp.core.clock import Clock
 from kelp.core.config_replicas import ReplicasConfig
 from kelp.core.errors import ProtocolError
+from kelp.core.peer_auth import PeerToken
+from kelp.kv.events.curve import OVERHEAD_BYTES, connect_to_known, listen_to_known
 from kelp.registry.base import RouterRecord, RouterRegistry
 from kelp.router.replicas.loads import OwnLoads, PeerLoads
-from kelp.router.replicas.messages import Deltas, Snapshot, decode, encode
+from kelp.router.replicas.messages import MAX_MESSAGE_BYTES, Deltas, Snapshot, decode, encode
 
 _log = logging.getLogger(__name__)
 _SNAPSHOT, _EXPLAIN = b"snapshot", b"explain"
-_MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+_MAX_QUESTION_BYTES = 4096
+_CURVE_PURPOSE = "routers"
 _ASK_TIMEOUT_S = 1.0
 _RENEWALS_PER_LEASE = 4
 
@@ -39,6 +42,7 @@ class LinkParts:
 
     Attributes:
         own: Every change to it must be followed by `ReplicaLink.notify`.
+        token: What routers know; None: nobody is asked.
     """
 
     own: OwnLoads
@@ -46,6 +50,7 @@ class LinkParts:
     registry: RouterRegistry
     clock: Clock
     explain: Explain
+    token: PeerToken | None = None
 
 
 class ReplicaLink:
@@ -65,8 +70,7 @@ class ReplicaLink:
         self._context = zmq.asyncio.Context()
         self._publisher, publisher_port = self._bound(zmq.PUB)
         self._answerer, answerer_port = self._bound(zmq.ROUTER)
-        self._subscriber = self._context.socket(zmq.SUB)
-        self._subscriber.setsockopt(zmq.MAXMSGSIZE, _MAX_MESSAGE_BYTES)
+        self._subscriber = self._connecting(zmq.SUB)
         self._subscriber.subscribe(b"")
         host = self._config.host
         self._record = RouterRecord(
@@ -107,8 +111,15 @@ class ReplicaLink:
 
     def _bound(self, kind: int) -> tuple[zmq.asyncio.Socket, int]:
         socket = self._context.socket(kind)
-        socket.setsockopt(zmq.MAXMSGSIZE, _MAX_MESSAGE_BYTES)
+        socket.setsockopt(zmq.MAXMSGSIZE, _MAX_QUESTION_BYTES)
+        listen_to_known(socket, self._parts.token, _CURVE_PURPOSE)
         return socket, socket.bind_to_random_port(f"tcp://{self._config.host}")
+
+    def _connecting(self, kind: int) -> zmq.asyncio.Socket:
+        socket = self._context.socket(kind)
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES + OVERHEAD_BYTES)
+        connect_to_known(socket, self._parts.token, _CURVE_PURPOSE)
+        return socket
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)
@@ -207,8 +218,7 @@ class ReplicaLink:
 
     async def _ask(self, record: RouterRecord, question: list[bytes]) -> bytes | None:
         """A socket of its own for each question: a lost answer then blocks nothing."""
-        socket = self._context.socket(zmq.REQ)
-        socket.setsockopt(zmq.MAXMSGSIZE, _MAX_MESSAGE_BYTES)
+        socket = self._connecting(zmq.REQ)
         try:
             socket.connect(f"tcp://{record.answers_endpoint}")
             await socket.send_multipart(question)

@@ -8,8 +8,9 @@ import msgspec
 
 from kelp.core.errors import ProtocolError
 
+MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 MAX_ENTRIES = 1 << 17
-"""In one message: what fits into the bytes that a link takes."""
+"""In one message: what fits into these bytes."""
 
 _Id = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
@@ -97,6 +98,8 @@ def decode(kind: type[MessageT], raw: bytes) -> MessageT:
     Raises:
         ProtocolError: It is not one, or out of bounds.
     """
+    if len(raw) > MAX_MESSAGE_BYTES:
+        raise ProtocolError(f"{kind.__name__} of another router: {len(raw)} bytes, the limit is {MAX_MESSAGE_BYTES}")
     try:
         return msgspec.msgpack.decode(raw, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

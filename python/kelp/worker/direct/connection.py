@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from kelp.client.direct.frames import FrameReader
+from kelp.client.direct.frames import FrameReader, framed
 from kelp.client.direct.sockets import configure
 from kelp.client.direct.wire import (
     MAX_HELLO_BYTES,
@@ -42,6 +42,8 @@ from kelp.core.errors import (
 )
 from kelp.core.exchange import as_kelp_error
 from kelp.core.messages import WORKER_COMMAND, DrainCommand, GenerateCommand, StatusCommand, WorkerStatus
+from kelp.core.peer_auth import PeerToken
+from kelp.core.peer_handshake import Responder
 from kelp.core.wire import decode_message
 from kelp.worker.channel import Channel
 from kelp.worker.direct.channel import DirectChannel
@@ -71,25 +73,36 @@ class DirectParts:
         worker_id: Whom routers must mean.
         epoch: And which incarnation.
         stall_timeout_s: How long a router may leave unread what has been sent.
+        token: What routers must know; None: nothing.
     """
 
     handler: CommandHandler
     worker_id: str
     epoch: str
     stall_timeout_s: float
+    token: PeerToken | None = None
 
 
 class RouterConnection(asyncio.Protocol):
     """See the module docstring.
 
     Args:
-        is_refused: There are too many connections; this one hears so.
+        responder: What the router has to show first; None: nothing.
         on_lost: Called once, when the connection has ended.
+
+    Attributes:
+        is_welcome: The router has said who it is, and whom it means.
+        is_refused: There are too many connections; this one hears so.
+        why_refused: Why it ended before it was welcomed; for the owner to say, who knows how many there are.
     """
 
-    def __init__(self, parts: DirectParts, is_refused: bool, on_lost: Callable[[RouterConnection], None]) -> None:
+    def __init__(
+        self, parts: DirectParts, responder: Responder | None, on_lost: Callable[[RouterConnection], None]
+    ) -> None:
+        self.is_refused = False
+        self.why_refused = ""
         self._parts = parts
-        self._is_refused = is_refused
+        self._responder = responder
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
         self._what = "direct channel of a router"
@@ -97,8 +110,13 @@ class RouterConnection(asyncio.Protocol):
         self._channels: dict[int, DirectChannel] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._last_number = -1
-        self._is_welcome = self._is_ending = False
+        self.is_welcome = self._is_ending = False
         self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def is_stranger(self) -> bool:
+        """Whether it is still expected to say so."""
+        return not (self.is_welcome or self._is_ending or self.is_refused)
 
     @property
     def num_requests(self) -> int:
@@ -117,7 +135,7 @@ class RouterConnection(asyncio.Protocol):
         self._transport = transport
         self._outgoing = Outgoing(transport, self._parts.stall_timeout_s, self._note_sent_last, self._give_up)
         self._timer = self._loop.call_later(_HELLO_TIMEOUT_S, self._give_up, "said no hello")
-        if self._is_refused:
+        if self.is_refused:
             self._refuse(CapacityError("too many routers are connected"))
 
     def data_received(self, data: bytes) -> None:
@@ -126,7 +144,10 @@ class RouterConnection(asyncio.Protocol):
             for raw in self._reader.feed(data):
                 if self._is_ending:
                     return
-                self._take(decode_router_frame(raw, self._what))
+                if self._responder is not None:
+                    self._challenge(self._responder, raw)
+                else:
+                    self._take(decode_router_frame(raw, self._what))
         except KelpError as error:
             self._refuse(error)
 
@@ -154,10 +175,24 @@ class RouterConnection(asyncio.Protocol):
         self._outgoing.flush()
         self._end(WorkerLost(f"worker {self._parts.worker_id} is stopping"))
 
+    def make_room(self) -> None:
+        """Others wait, and the router has not been welcomed yet."""
+        if self._timer is None:
+            self.is_refused = True
+        else:
+            self._give_up("has not said hello, and others wait")
+
+    def _challenge(self, responder: Responder, raw: bytes) -> None:
+        answer = responder.take(raw)
+        if responder.is_done:
+            self._responder = None
+        else:
+            self._transport.write(framed(answer))
+
     def _take(self, frame: RouterFrame) -> None:
         if isinstance(frame, Hello):
             self._welcome(frame)
-        elif not self._is_welcome:
+        elif not self.is_welcome:
             raise ProtocolError(f"{self._what}: {type(frame).__name__.lower()} before hello")
         elif isinstance(frame, Cancel):
             self._cancel(frame.number)
@@ -166,7 +201,7 @@ class RouterConnection(asyncio.Protocol):
 
     def _welcome(self, hello: Hello) -> None:
         parts = self._parts
-        if self._is_welcome or hello.version != PROTOCOL_VERSION:
+        if self.is_welcome or hello.version != PROTOCOL_VERSION:
             raise ProtocolError(
                 f"{self._what}: hello of version {hello.version}, once and of version {PROTOCOL_VERSION} expected"
             )
@@ -174,7 +209,7 @@ class RouterConnection(asyncio.Protocol):
             raise WorkerLost(
                 f"worker {hello.worker_id} of epoch {hello.epoch} is meant, this is {parts.worker_id} of {parts.epoch}"
             )
-        self._is_welcome = True
+        self.is_welcome = True
         if self._timer is not None:
             self._timer.cancel()
         self._reader.max_bytes = MAX_ROUTER_FRAME_BYTES
@@ -231,8 +266,14 @@ class RouterConnection(asyncio.Protocol):
 
     def _refuse(self, error: KelpError) -> None:
         if not self._is_ending:
-            _log.warning("a router's direct channel is closed: %s", error)
+            self._note_end(str(error))
             self._end(error)
+
+    def _note_end(self, why: str) -> None:
+        if self.is_welcome:
+            _log.warning("a router's direct channel is closed: %s", why)
+        else:
+            self.why_refused = self.why_refused or why
 
     def _end(self, error: KelpError) -> None:
         """The router hears why; if it does not listen, it is cut off."""
@@ -246,7 +287,7 @@ class RouterConnection(asyncio.Protocol):
         self._timer = self._loop.call_later(_FAREWELL_S, self._transport.abort)
 
     def _give_up(self, what: str) -> None:
-        _log.warning("a router's direct channel is cut off: it %s", what)
+        self._note_end(f"it {what}")
         self._transport.abort()
         self._break_off()
 

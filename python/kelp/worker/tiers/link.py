@@ -54,7 +54,7 @@ class Links:
         region = self._region(joined.pool)
         loop = asyncio.get_running_loop()
         peer = await loop.run_in_executor(self._threads, self._agent.connect, joined.pool.agent_metadata, region)
-        address = WorkerAddress(record.endpoint, record.model_name)
+        address = WorkerAddress(record.endpoint, record.model_name, epoch=record.epoch)
         return Link(record.manager_id, address, joined.manager_epoch, joined.lease_ttl_s, joined.pool, peer)
 
     def drop(self, link: Link) -> asyncio.Task[None]:

@@ -193,7 +193,7 @@ class Membership:
         self._rest_s, self._backoff_s = self._backoff_s, min(2 * self._backoff_s, _MAX_BACKOFF_S)
 
     async def _join(self, record: KvManagerRecord) -> Link:
-        address = WorkerAddress(record.endpoint, record.model_name)
+        address = WorkerAddress(record.endpoint, record.model_name, epoch=record.epoch)
         introduction = await self._introduce()
         result = (await self._parts.client.call(address, [introduction], _JOIN_TIMEOUT_S))[0]
         if isinstance(result, Refused):

@@ -11,6 +11,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from kelp.kv.tiers.base import BlockRecord, HostArena
 from kelp.kv.tiers.disk.flusher import Flusher
@@ -92,6 +93,11 @@ class FileDiskTier:
         return self._slots.num_slots
 
     @property
+    def path(self) -> Path:
+        """Folder of its files, which nobody else uses meanwhile."""
+        return self._folder.path
+
+    @property
     def events(self) -> Mapping[str, int]:
         """See `base.DiskTier`."""
         return {name.removeprefix("num_"): count for name, count in asdict(self.counts).items()}
@@ -145,6 +151,11 @@ class FileDiskTier:
             except OSError as error:
                 _log.warning("disk tier: records were not removed: %s", error)
         self._flusher.mark()
+
+    @property
+    def owes_wipes(self) -> bool:
+        """See `base.DiskTier`."""
+        return bool(self._owed_wipes)
 
     def recovered(self) -> Iterator[tuple[int, BlockRecord]]:
         """See `base.DiskTier`."""

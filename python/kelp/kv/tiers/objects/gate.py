@@ -44,7 +44,8 @@ class StoreGate:
         with self._lock:
             if not self.is_available:
                 self.counters.num_refused += 1
-                raise RetryableTransferError(f"object store: left alone ({self.state})")
+                state = self.state if self._process.is_ready else "starting"
+                raise RetryableTransferError(f"object store: left alone ({state})")
             try:
                 answer = self._process.ask(request, share * self._timeout_s, busy_slots)
             except RetryableTransferError as error:

@@ -270,6 +270,11 @@ class S3ObjectTier:
         """
         return self._upkeep.forget(tenant)
 
+    @property
+    def owed(self) -> frozenset[bytes | None]:
+        """See `base.ObjectTier`."""
+        return self._upkeep.owed
+
     def refresh(self) -> Iterable[tuple[SequenceHash, ...]]:
         """See `base.ObjectTier`. A group that this host has neither written nor found is its last hash alone.
 

@@ -40,6 +40,11 @@ class Upkeep:
         self._unsure: dict[bytes, float] = {}
         self._to_forget: dict[bytes | None, float] = {}
 
+    @property
+    def owed(self) -> frozenset[bytes | None]:
+        """Arguments of `forget` whose objects may not all be deleted yet."""
+        return frozenset(self._to_forget)
+
     def note_unsure(self, tenants: Iterable[bytes]) -> None:
         """Writes for these tenants were given up; the store may have taken them all the same."""
         until_s = self._clock.monotonic_s() + _UNSURE_S

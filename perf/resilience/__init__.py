@@ -1,0 +1,1 @@
+"""What faults, overload and restarts cost; `kelp.chaos` does them."""

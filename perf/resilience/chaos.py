@@ -1,0 +1,94 @@
+"""`kelp chaos` as it stands, in both layouts and, when there is time, with torch workers; and a rolling restart."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+from kelp.chaos.faults import Fault, FaultKind, Layout, kinds_for
+from kelp.chaos.fleet_spec import FleetSpec, quick_settings
+from kelp.chaos.report import Report
+from kelp.chaos.runner import RunSpec, run_served
+from kelp.chaos.schedule import ScheduleSpec
+from kelp.core.errors import ConfigError
+from perf.reporter import Reporter
+from perf.resilience.fleets import at_least, none_allowed, temporary_folder
+from perf.rows import RequiredRow
+from perf.suite import BenchError
+
+CHAOS, ROLLING = "chaos", "rolling_restart"
+_COMPLETED_SHARE = 0.999
+_RATE = 0.2
+_SEED = 20261121
+_POOLS = {"mock": 200, "torch": 12}
+_SHORT = (("mock", Layout.ISOLATED, 50.0), ("mock", Layout.COMPACT, 40.0))
+_LONG = (
+    ("mock", Layout.ISOLATED, 600.0),
+    ("mock", Layout.COMPACT, 600.0),
+    ("torch", Layout.ISOLATED, 600.0),
+)
+_STEP_S = 12.0
+"""Between two restarts: a worker is back by then."""
+REQUIRED = (
+    RequiredRow(CHAOS, "wrong_tokens", "count"),
+    RequiredRow(CHAOS, "hangs", "count"),
+    RequiredRow(CHAOS, "leaks", "count"),
+    RequiredRow(CHAOS, "completed_share", "share"),
+    RequiredRow(ROLLING, "failed", "count"),
+)
+
+
+def run_chaos(reporter: Reporter, is_long: bool) -> None:
+    """Every kind of fault at 0.2 per second."""
+    reports = []
+    for engine, layout, duration_s in _LONG if is_long else _SHORT:
+        fleet = FleetSpec(layout, engine, settings=quick_settings(engine))
+        spec = _spec(fleet, duration_s, kinds_for(layout))
+        reports.append(_play(reporter, spec, fleet))
+    asked = sum(report.tally.num_to_complete for report in reports)
+    completed = sum(report.tally.num_completed for report in reports)
+    reporter.add(none_allowed(CHAOS, "wrong_tokens", sum(report.tally.num_wrong_tokens for report in reports)))
+    reporter.add(none_allowed(CHAOS, "hangs", sum(report.num_hangs for report in reports)))
+    reporter.add(none_allowed(CHAOS, "leaks", sum(len(report.leaks) for report in reports)))
+    reporter.add(at_least(CHAOS, "completed_share", "share", completed / asked if asked else 0.0, _COMPLETED_SHARE))
+
+
+def run_rolling(reporter: Reporter, is_long: bool) -> None:
+    """Every worker, the router and the block manager, one after the other, under load."""
+    fleet = FleetSpec(Layout.COMPACT, settings=quick_settings("mock"))
+    workers = (*fleet.prefill_workers, *fleet.decode_workers)
+    steps = [(FaultKind.WORKER_RELOADED, worker) for worker in workers]
+    steps += [(FaultKind.ROUTER_RELOADED, ""), (FaultKind.MANAGER_RELOADED, "")]
+    steps *= 5 if is_long else 1
+    faults = [Fault(2.0 + index * _STEP_S, kind, target) for index, (kind, target) in enumerate(steps)]
+    spec = replace(_spec(fleet, len(steps) * _STEP_S, (FaultKind.WORKER_RELOADED,)), chosen=tuple(faults))
+    report = _play(reporter, spec, fleet)
+    if missed := [done.note for done in report.faults if not done.is_done]:
+        raise BenchError(f"{len(missed)} of {len(faults)} restarts were not done: {missed[0]}")
+    reporter.add(none_allowed(ROLLING, "failed", report.tally.num_to_complete - report.tally.num_completed))
+
+
+def _spec(fleet: FleetSpec, duration_s: float, kinds: tuple[FaultKind, ...]) -> RunSpec:
+    schedule = ScheduleSpec(_SEED, duration_s, _RATE, kinds, fleet.prefill_workers, fleet.decode_workers)
+    return RunSpec(schedule, pool_size=_POOLS[fleet.engine])
+
+
+def _play(reporter: Reporter, spec: RunSpec, fleet: FleetSpec) -> Report:
+    started_s = time.monotonic()
+    name = f"{fleet.engine}, {fleet.layout.value}"
+    with temporary_folder() as folder:
+        try:
+            report = run_served(spec, fleet, folder, {"seed": spec.seed}, lambda line: reporter.say(f"({line})"))
+        except ConfigError as error:
+            raise BenchError(f"{name}: {error.text}") from None
+    for answered in report.troubles[:5]:
+        reporter.say(f"({answered.judgement.outcome.value} {answered.judgement.code}: {answered.judgement.text[:120]})")
+    for leak in report.leaks[:5]:
+        reporter.say(f"(leak: {leak.kind}: {leak.what})")
+    num_done = sum(done.is_done for done in report.faults)
+    reporter.say(
+        f"({name}: {num_done} of {len(report.faults)} faults, {report.tally.num_requests} requests, "
+        f"{report.num_migrated} migrated, not back: {', '.join(report.unhealed) or 'none'}; "
+        f"{time.monotonic() - started_s:.0f} s)"
+    )
+    return report

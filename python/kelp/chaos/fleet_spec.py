@@ -1,0 +1,73 @@
+"""What a fleet under test is made of, and how `kelp serve` is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kelp.chaos.faults import Layout
+from kelp.supervisor.model import models_folder
+from kelp.supervisor.plan import worker_names
+
+HOST = "127.0.0.1"
+
+
+def quick_settings(engine: str) -> dict[str, str]:
+    """Configuration that shows much in a short time: small steps, small tiers, quick expiry, some lost KV events."""
+    settings = {
+        "executor.num_blocks": "1024",
+        "executor.max_running": "16",
+        "executor.max_step_tokens": "64",
+        "handoff.lease_ttl_s": "3",
+        "handoff.attach_timeout_s": "2",
+        "registry.heartbeat_s": "0.5",
+        "registry.expiry_s": "3",
+        "kv_manager.host_bytes": str(64 * 1024**2),
+        "disk_tier.max_bytes": str(128 * 1024**2),
+        "events.drop_share": "0.02",
+    }
+    by_engine = {"mock": {"mock.timing.step_s": "0.02"}, "torch": {"executor.dtype": "float32"}}
+    return {**settings, **by_engine.get(engine, {})}
+
+
+@dataclass(frozen=True, slots=True)
+class FleetSpec:
+    """What is served.
+
+    Attributes:
+        settings: Further configuration fields.
+    """
+
+    layout: Layout
+    engine: str = "mock"
+    num_prefill: int = 1
+    num_decode: int = 2
+    num_routers: int = 1
+    model: Path | None = None
+    settings: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def prefill_workers(self) -> tuple[str, ...]:
+        """Their models' names."""
+        return tuple(worker.name for worker in worker_names("prefill", self.num_prefill))
+
+    @property
+    def decode_workers(self) -> tuple[str, ...]:
+        """The same for decode workers."""
+        return tuple(worker.name for worker in worker_names("decode", self.num_decode))
+
+    @property
+    def model_folder(self) -> Path:
+        """Where its tokenizer is."""
+        return self.model or models_folder() / "default"
+
+    def arguments(self) -> list[str]:
+        """Of `kelp serve`."""
+        return [
+            *("--mode", "disaggregated" if self.num_prefill else "aggregated", "--engine", self.engine),
+            *("--prefill", str(self.num_prefill), "--decode", str(self.num_decode)),
+            *("--routers", str(self.num_routers), "--host", HOST),
+            *(("--model", str(self.model)) if self.model else ()),
+            *(("--isolate",) if self.layout is Layout.ISOLATED else ()),
+            *(part for name, value in self.settings.items() for part in ("--set", f"{name}={value}")),
+        ]

@@ -1,0 +1,299 @@
+"""Does to a fleet what a schedule says, and says what it did: a fault that finds no victim is told as not done."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import shutil
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from kelp.chaos.faults import Fault, FaultKind, Layout, Phase
+from kelp.chaos.fleet import ServedFleet
+from kelp.chaos.load import Load
+from kelp.chaos.questions import Questions
+from kelp.client.base import WorkerAddress
+from kelp.client.grpc import GrpcWorkerClient, TritonControl
+from kelp.core.errors import KelpError
+from kelp.core.messages import DrainCommand, WorkerStatus
+from kelp.core.schema import KV_BLOCK_MANAGER, LLM
+from kelp.core.schema_types import RESTART_PARAMETER
+from kelp.core.types import WorkerState
+
+_PHASE_WAIT_S = 3.0
+_POLL_S = 0.03
+_VICTIM_WAIT_S = 5.0
+_DRAIN_S = 15.0
+_NUM_LEAVING = 4
+_NUM_HURRIED = 6
+_NUM_BURST = 48
+_NUM_FLIPPED = 64
+_SLOT_FILE_BYTES = 65536
+_MAX_RENAMES = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A fault as it was done.
+
+    Attributes:
+        at_s: `time.monotonic()`.
+        note: Who was hit, or why nobody was.
+    """
+
+    fault: Fault
+    at_s: float
+    is_done: bool
+    note: str
+
+
+class Victimless(Exception):
+    """There is nobody to do it to; the message says why."""
+
+
+class Injector:
+    """Does faults; made on the event loop that the load runs on.
+
+    Args:
+        fleet: None where only a client's faults can be done.
+    """
+
+    def __init__(self, fleet: ServedFleet | None, load: Load, questions: Questions, seed: int) -> None:
+        self._fleet = fleet
+        self._load = load
+        self._questions = questions
+        self._rng = random.Random(seed)
+        self._workers = GrpcWorkerClient() if fleet is None else fleet.worker_client()
+        self._num_reloads = 0
+        self._actions: dict[FaultKind, Callable[[Fault], Awaitable[str]]] = {
+            FaultKind.WORKER_KILLED: self._kill_worker,
+            FaultKind.WORKER_PAUSED: self._pause_worker,
+            FaultKind.WORKER_RELOADED: self._reload_worker,
+            FaultKind.SERVER_KILLED: self._kill_server,
+            FaultKind.ROUTER_KILLED: self._kill_router,
+            FaultKind.ROUTER_RELOADED: self._reload_router,
+            FaultKind.FRONT_KILLED: self._kill_front,
+            FaultKind.MANAGER_KILLED: self._kill_manager,
+            FaultKind.MANAGER_RELOADED: self._reload_manager,
+            FaultKind.REGISTRY_GONE: self._hide_registry,
+            FaultKind.BLOCK_CORRUPTED: self._corrupt_block,
+            FaultKind.CLIENT_LEFT: self._leave,
+            FaultKind.DEADLINE_PASSED: self._hurry,
+            FaultKind.OVERLOAD: self._overload,
+            FaultKind.BAD_INPUT: self._ask_badly,
+        }
+
+    async def close(self) -> None:
+        """Close its connections."""
+        await self._workers.close()
+
+    async def do(self, fault: Fault) -> Done:
+        """One fault to its end."""
+        at_s = time.monotonic()
+        try:
+            note = await self._actions[fault.kind](fault)
+        except Victimless as reason:
+            return Done(fault, at_s, False, str(reason))
+        except (psutil.Error, OSError, KelpError) as error:
+            return Done(fault, at_s, False, f"{type(error).__name__}: {error}")
+        return Done(fault, at_s, True, note)
+
+    @property
+    def _served(self) -> ServedFleet:
+        if self._fleet is None:
+            raise Victimless("the fleet is not ours")
+        return self._fleet
+
+    async def _kill_worker(self, fault: Fault) -> str:
+        await self._wait_spare(fault.target)
+        phase = fault.phase if fault.phase and await self._wait_phase(fault.target, fault.phase) else None
+        stub = self._stub(fault.target)
+        stub.kill()
+        return f"{fault.target} ({stub.pid}) {phase.value if phase else 'at any time'}"
+
+    async def _pause_worker(self, fault: Fault) -> str:
+        stub = self._stub(fault.target)
+        stub.suspend()
+        try:
+            await asyncio.sleep(fault.lasts_s)
+        finally:
+            stub.resume()
+        return f"{fault.target} ({stub.pid}) for {fault.lasts_s:.1f} s"
+
+    async def _reload_worker(self, fault: Fault) -> str:
+        await self._wait_spare(fault.target)
+        record = self._served.records().get(fault.target)
+        server = self._served.server_of(fault.target)
+        if record is None or server is None:
+            raise Victimless(f"{fault.target} is not there")
+        draining = self._workers.control(
+            WorkerAddress(record.endpoint, record.model_name, epoch=record.epoch), DrainCommand(timeout_s=_DRAIN_S)
+        )
+        status = await asyncio.wait_for(draining, _DRAIN_S * 2)
+        if self._served.spec.layout is Layout.ISOLATED:
+            server.terminate()
+        else:
+            await asyncio.to_thread(self._load_anew, record.endpoint, fault.target)
+        return f"{fault.target} {status.state}, {status.num_running + status.num_waiting} requests left"
+
+    async def _reload_router(self, _: Fault) -> str:
+        await asyncio.to_thread(self._load_anew, self._served.endpoint, LLM.name)
+        return LLM.name
+
+    async def _reload_manager(self, _: Fault) -> str:
+        endpoint = self._served.manager_endpoint()
+        if endpoint is None:
+            raise Victimless("no KV block manager is registered")
+        await asyncio.to_thread(self._load_anew, endpoint, KV_BLOCK_MANAGER.name)
+        return f"{KV_BLOCK_MANAGER.name} at {endpoint}"
+
+    def _load_anew(self, endpoint: str, model: str) -> None:
+        """Triton loads nothing unchanged, so a parameter without a meaning changes."""
+        self._num_reloads += 1
+        with contextlib.closing(TritonControl(endpoint)) as control:
+            config = control.config_of(model)
+            mark = {RESTART_PARAMETER: {"string_value": f"chaos {self._num_reloads}"}}
+            control.load(model, {**config, "parameters": {**config.get("parameters", {}), **mark}})
+
+    async def _kill_server(self, fault: Fault) -> str:
+        await self._wait_spare(fault.target)
+        server = self._served.server_of(fault.target)
+        if server is None:
+            raise Victimless(f"{fault.target} has no server")
+        server.kill()
+        return f"server of {fault.target} ({server.pid})"
+
+    async def _kill_router(self, _: Fault) -> str:
+        return self._kill_one(LLM.name)
+
+    async def _kill_manager(self, _: Fault) -> str:
+        return self._kill_one(KV_BLOCK_MANAGER.name)
+
+    async def _kill_front(self, _: Fault) -> str:
+        server = self._served.servers().get(self._served.grpc_port)
+        if server is None:
+            raise Victimless("the public server is not there")
+        server.kill()
+        return f"public server ({server.pid})"
+
+    async def _hide_registry(self, fault: Fault) -> str:
+        registry = self._served.registry
+        await _without(registry, fault.lasts_s)
+        return f"{registry.name} away for {fault.lasts_s:.1f} s"
+
+    async def _corrupt_block(self, _: Fault) -> str:
+        files = [path for path in self._served.disk.rglob("*") if _is_slot_file(path)]
+        if not files:
+            raise Victimless("there is nothing on disk")
+        path = self._rng.choice(files)
+        corrupt(path, self._rng, _NUM_FLIPPED)
+        return f"{_NUM_FLIPPED} bytes of {path.name}"
+
+    async def _leave(self, fault: Fault) -> str:
+        leaving = [self._questions.leaving(fault.phase or Phase.DECODING) for _ in range(_NUM_LEAVING)]
+        await self._load.ask_all(leaving)
+        return f"{_NUM_LEAVING} clients"
+
+    async def _hurry(self, _: Fault) -> str:
+        await self._load.ask_all([self._questions.hurried() for _ in range(_NUM_HURRIED)])
+        return f"{_NUM_HURRIED} requests"
+
+    async def _overload(self, _: Fault) -> str:
+        await self._load.ask_all([self._questions.next() for _ in range(_NUM_BURST)])
+        return f"{_NUM_BURST} requests"
+
+    async def _ask_badly(self, _: Fault) -> str:
+        bad = self._questions.bad()
+        await self._load.ask_all(bad)
+        return f"{len(bad)} requests"
+
+    def _kill_one(self, model: str) -> str:
+        stubs = self._served.stubs(model)
+        if not stubs:
+            raise Victimless(f"{model} has no process")
+        stub = self._rng.choice(stubs)
+        stub.kill()
+        return f"{model} ({stub.pid})"
+
+    def _stub(self, worker: str) -> psutil.Process:
+        stubs = self._served.stubs(worker)
+        if not stubs:
+            raise Victimless(f"{worker} has no process")
+        return stubs[0]
+
+    async def _wait_spare(self, worker: str) -> None:
+        """Wait until the fleet can do without a worker: nothing is proven by killing the last one that decodes."""
+        deadline_s = time.monotonic() + _VICTIM_WAIT_S
+        while not self._is_spare(worker):
+            if time.monotonic() > deadline_s:
+                raise Victimless(f"{worker} is down, or no other worker decodes")
+            await asyncio.sleep(_POLL_S * 10)
+
+    def _is_spare(self, worker: str) -> bool:
+        ready = {name for name, record in self._served.records().items() if record.state is WorkerState.READY}
+        return worker in ready and any(name in ready - {worker} for name in self._served.spec.decode_workers)
+
+    async def _wait_phase(self, worker: str, phase: Phase) -> bool:
+        deadline_s = time.monotonic() + _PHASE_WAIT_S
+        while time.monotonic() < deadline_s:
+            status = await self._served.status(worker, self._workers)
+            if status is not None and is_in(phase, status):
+                return True
+            await asyncio.sleep(_POLL_S)
+        return False
+
+
+def is_in(phase: Phase, status: WorkerStatus) -> bool:
+    """Whether a worker has a request in a phase; a prefill worker that holds a lease is being read."""
+    if phase is Phase.QUEUED:
+        return status.num_waiting > 0
+    if phase is Phase.TRANSFERRING:
+        return status.num_leases > 0
+    return status.num_running > 0
+
+
+def corrupt(path: Path, rng: random.Random, num_bytes: int) -> None:
+    """Turn over bits of bytes all over a file."""
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        for place in (rng.randrange(size) for _ in range(num_bytes)):
+            file.seek(place)
+            byte = file.read(1)
+            file.seek(place)
+            file.write(bytes([byte[0] ^ 0xFF]))
+
+
+def _is_slot_file(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size >= _SLOT_FILE_BYTES
+
+
+async def _without(folder: Path, seconds: float) -> None:
+    """A file in the folder's place: nothing in it can be read, and nobody makes it anew."""
+    if not folder.is_dir():
+        raise Victimless(f"{folder.name} is away already")
+    away, plug = folder.with_name(f"{folder.name}.away"), folder.with_name(f"{folder.name}.plug")
+    plug.touch()
+    folder.rename(away)
+    try:
+        put_in_place(plug, folder)
+        await asyncio.sleep(seconds)
+    finally:
+        put_in_place(away, folder)
+
+
+def put_in_place(source: Path, target: Path) -> None:
+    """Rename, whatever is there: a writer that finds no folder makes one, between any two steps of ours."""
+    for _ in range(_MAX_RENAMES):
+        with contextlib.suppress(OSError):
+            if target.is_dir():
+                shutil.rmtree(target)
+            elif source.is_dir():
+                target.unlink(missing_ok=True)
+            source.rename(target)
+            return
+    source.rename(target)

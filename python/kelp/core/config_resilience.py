@@ -1,0 +1,24 @@
+"""Configuration of how workers leave and of how they notice that they do not get on; part of `core.config`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from kelp.core.config_values import Group, Positive
+
+
+class DrainConfig(Group):
+    """What becomes of the requests of a worker that is drained."""
+
+    grace_s: Annotated[float, Field(ge=0)] = 30.0
+    """Requests that still run on a draining worker after this long go on at another one."""
+
+
+class WatchdogConfig(Group):
+    """When a worker that still answers counts as stuck."""
+
+    step_timeout_s: Positive = 60.0
+    """A step of the engine that takes longer makes the worker `stuck`: it gives its requests up and gets no new ones
+    until the step has ended."""

@@ -1,0 +1,71 @@
+"""One server of `kelp serve` under supervision: itself restarted when it dies, its models when their processes do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import psutil
+
+from kelp.core.config_supervision import SupervisionConfig
+from kelp.core.errors import KelpError
+from kelp.supervisor.backoff import Backoff
+from kelp.supervisor.model_watch import ModelWatch
+from kelp.supervisor.server import TritonServer
+from kelp.supervisor.stop_signals import StopSignals
+
+Say = Callable[[str], None]
+
+
+class Supervised:
+    """A server with its restart history."""
+
+    def __init__(self, server: TritonServer, rules: SupervisionConfig, say: Say) -> None:
+        self.server = server
+        self._rules = rules
+        self._say = say
+        self._backoff = Backoff(rules, time.monotonic())
+        self._models: ModelWatch | None = None
+
+    def watch(self, timeout_s: float, signals: StopSignals) -> None:
+        """Restart what died; the wait before it doubles with each early death."""
+        if self.server.is_running():
+            if self._rules.enabled:
+                self._watch_models()
+            return
+        self._forget_models()
+        now_s = time.monotonic()
+        if not self._backoff.is_waiting:
+            wait_s = self._backoff.died(now_s)
+            self._say(f"{self.server.spec.name} died; restarting in {wait_s:.0f} s (log: {self.server.log_path})")
+        if self._backoff.is_due(now_s):
+            self._restart(timeout_s, signals)
+
+    def stop(self) -> None:
+        """Stop the server, and leave its models alone."""
+        self._forget_models()
+        self.server.stop()
+
+    def _restart(self, timeout_s: float, signals: StopSignals) -> None:
+        self._backoff.started(time.monotonic())
+        with signals.held():
+            self.server.stop()
+            self.server.start()
+        try:
+            self.server.wait_ready(timeout_s)
+        except KelpError as error:
+            self._say(f"{self.server.spec.name} did not come back: {error}")
+            self.server.stop()
+        else:
+            self._say(f"{self.server.spec.name} is back")
+
+    def _watch_models(self) -> None:
+        if self._models is None:
+            endpoint = self.server.spec.grpc_endpoint
+            self._models = ModelWatch(psutil.Process(self.server.pid), endpoint, self._rules, self._say)
+        self._models.check()
+
+    def _forget_models(self) -> None:
+        if self._models is not None:
+            self._models.close()
+            self._models = None

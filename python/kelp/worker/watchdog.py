@@ -1,0 +1,47 @@
+"""Notices an engine that does not get on although the worker around it still answers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from kelp.executor.base import Executor
+
+_log = logging.getLogger(__name__)
+_LOOKS_PER_TIMEOUT = 4
+_LONGEST_LOOK_S = 1.0
+
+
+class Watchdog:
+    """Looks at the step that the engine is in; belongs to one event loop.
+
+    A step that never ends (a device that hangs, a lock held for ever) shows nowhere else: the worker's loop and its
+    heartbeat go on, and requests just get no tokens.
+
+    Args:
+        step_timeout_s: A step that takes longer is stuck.
+        on_change: Called when the engine turns out to be stuck, and again if it goes on after all.
+
+    Attributes:
+        is_stuck: What was found last.
+        step_s: How long the step had been under way then; infinite if the engine has died.
+    """
+
+    def __init__(self, executor: Executor, step_timeout_s: float, on_change: Callable[[], Awaitable[None]]) -> None:
+        self._executor = executor
+        self._step_timeout_s = step_timeout_s
+        self._on_change = on_change
+        self.is_stuck = False
+        self.step_s = 0.0
+
+    async def run(self) -> None:
+        """Look for ever."""
+        while True:
+            await asyncio.sleep(min(_LONGEST_LOOK_S, self._step_timeout_s / _LOOKS_PER_TIMEOUT))
+            self.step_s = self._executor.load().step_s
+            is_stuck = self.step_s >= self._step_timeout_s
+            if is_stuck != self.is_stuck:
+                self.is_stuck = is_stuck
+                _log.error("the engine %s", f"is stuck in a step of {self.step_s:.0f} s" if is_stuck else "goes on")
+                await self._on_change()

@@ -1,0 +1,136 @@
+"""What a KV block manager counts, asked of the manager itself: it says so at once, metrics every few seconds."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from dataclasses import dataclass
+
+from kelp.client.base import WorkerAddress
+from kelp.client.grpc.kv_manager import GrpcKvManagerClient
+from kelp.core.errors import KelpError
+from kelp.core.kv_manager_messages import GetStats, Stats
+from kelp.registry.directory import KvManagerDirectory
+from support.serving import KelpServer
+from support.waiting import wait_until
+
+_EXPIRY_S = 5.0
+_MOVING = ("filling", "stored", "doomed", "wiping")
+_NO_LEAKS = ("workers", "unverified")
+"""Of what a manager knows, what is there when nothing is under way, too."""
+
+
+@dataclass(frozen=True)
+class KvStats:
+    """Counts by `name{label="value"}`."""
+
+    values: dict[str, float]
+
+    def total(self, name: str, **labels: str) -> float:
+        """Sum over what the labels leave open."""
+        wanted = [f'{key}="{value}"' for key, value in labels.items()]
+        return sum(
+            value
+            for key, value in self.values.items()
+            if key.partition("{")[0] == name and all(label in key for label in wanted)
+        )
+
+    def hits(self, tier: str) -> int:
+        """Blocks of prompts that were found there."""
+        return int(self.total("kelp_kv_tier_hits_total", tier=tier))
+
+    def resident(self, tier: str) -> int:
+        """Blocks that can be found there now."""
+        return int(self.total("kelp_kv_tier_blocks", tier=tier, state="resident"))
+
+    def evicted(self, tier: str) -> int:
+        """Blocks that have had to make room there."""
+        return int(self.total("kelp_kv_tier_removed_total", tier=tier, reason="evicted"))
+
+    def written(self, tier: str) -> int:
+        """Bytes that came there."""
+        return int(self.total("kelp_kv_tier_moved_bytes_total", tier=tier, direction="write"))
+
+    @property
+    def listed_bytes(self) -> int:
+        """In the object store when it was last listed."""
+        return int(self.total("kelp_kv_object_store_bytes"))
+
+    def held(self) -> dict[str, float]:
+        """What is not back yet: leases, pins, stores, references, slots between two lives, moves that wait."""
+        return {key: value for key, value in self.values.items() if value and _is_held(key)}
+
+
+def _is_held(key: str) -> bool:
+    kinds = re.findall(r'(?:kind|state)="([\w-]+)"', key)
+    if key.startswith("kelp_kv_manager_held{"):
+        return kinds[0] not in _NO_LEAKS
+    return key.startswith("kelp_kv_tier_queue_blocks") or (
+        key.startswith("kelp_kv_tier_blocks{") and kinds[0] in _MOVING
+    )
+
+
+def stats_at(address: WorkerAddress, timeout_s: float = 5.0) -> KvStats:
+    """Counts of the manager behind an address.
+
+    Raises:
+        KelpError: It does not answer.
+    """
+
+    async def ask() -> KvStats:
+        client = GrpcKvManagerClient()
+        try:
+            (result,) = await client.call(address, [GetStats()], timeout_s)
+        finally:
+            await client.close()
+        assert isinstance(result, Stats)
+        return KvStats(dict(result.values))
+
+    return asyncio.run(ask())
+
+
+def stats_of(server: KelpServer) -> KvStats | None:
+    """Counts of a server's manager; None while it has none that answers."""
+    for record in KvManagerDirectory(server.registry_folder, _EXPIRY_S).snapshot():
+        try:
+            return stats_at(WorkerAddress(record.endpoint, record.model_name))
+        except KelpError:
+            return None
+    return None
+
+
+def wait_stats(server: KelpServer, what: str, **least: float) -> KvStats:
+    """Wait for at least these `<count>_<tier>`, named after the counts of `KvStats`."""
+    seen = [KvStats({})]
+
+    def has_come() -> bool:
+        seen[0] = stats_of(server) or KvStats({})
+        return all(_value(seen[0], name) >= value for name, value in least.items())
+
+    try:
+        wait_until(has_come, what, 60.0)
+    except AssertionError:
+        raise AssertionError(f"{what}: not {least} in {seen[0].values}") from None
+    return seen[0]
+
+
+def wait_nothing_held(place: KelpServer | WorkerAddress) -> KvStats:
+    """Everything that requests took of a manager comes back by itself."""
+    seen = [KvStats({})]
+
+    def is_back() -> bool:
+        found = stats_of(place) if isinstance(place, KelpServer) else stats_at(place)
+        seen[0] = found or KvStats({})
+        return found is not None and not found.held()
+
+    try:
+        wait_until(is_back, "nothing held", 30.0)
+    except AssertionError:
+        raise AssertionError(f"held: {seen[0].held()}") from None
+    return seen[0]
+
+
+def _value(stats: KvStats, name: str) -> int:
+    kind, _, tier = name.partition("_")
+    counts = {"resident": stats.resident, "hits": stats.hits, "evicted": stats.evicted, "written": stats.written}
+    return stats.listed_bytes if kind == "listed" else counts[kind](tier)
