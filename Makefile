@@ -30,7 +30,7 @@ tools:
 	@scripts/setup.sh test
 
 test: setup tools ## the whole test suite (ARGS='-k name' narrows it)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 lint: tools ## static checks: ruff, mypy, import-linter, hadolint
 	$(BIN)/ruff check .

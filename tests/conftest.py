@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
-_HERE = Path(__file__).parent
-_SERVER_FOLDERS = ("e2e", "faults")
-"""Their tests share servers that take long to start: each folder stays in one process."""
+_SERVER_FOLDERS = ("tests/e2e/", "tests/faults/")
+"""Their tests share servers that take long to start: each folder stays in one process, and goes first."""
 
 
-@pytest.hookimpl(tryfirst=True)
+class _ByFolder(LoadScopeScheduling):
+    def _split_scope(self, nodeid: str) -> str:
+        return next((folder for folder in _SERVER_FOLDERS if nodeid.startswith(folder)), nodeid.partition("::")[0])
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> _ByFolder:
+    """Scopes are given out in the order of collection, not the largest first."""
+    config.option.loadscopereorder = False
+    return _ByFolder(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the folders with servers as groups, before xdist looks for marks."""
-    for item in items:
-        folder = item.path.relative_to(_HERE).parts[0]
-        if folder in _SERVER_FOLDERS:
-            item.add_marker(pytest.mark.xdist_group(folder))
+    """Whatever takes longest is begun first."""
+    items.sort(key=lambda item: not item.nodeid.startswith(_SERVER_FOLDERS))

@@ -32,7 +32,6 @@ _WATCH_S = 0.5
 _HEAL_S = 60.0
 _QUIET_S = 40.0
 _NUM_PROBES = 4
-_LOCK_SUFFIX = ".lock"
 Say = Callable[[str], None]
 
 
@@ -195,8 +194,8 @@ def _queued(fleet: ServedFleet) -> list[Leak]:
 
 
 def left_behind(fleet: ServedFleet, seen_memory: set[str]) -> list[Leak]:
-    """Look at the machine once the fleet has been stopped; the empty file of an advisory lock may stay."""
-    files = [str(path) for path in fleet.temporary.rglob("*") if path.is_file() and path.suffix != _LOCK_SUFFIX]
+    """Look at the machine once the fleet has been stopped."""
+    files = [str(path) for path in fleet.temporary.rglob("*") if path.is_file()]
     arena = arena_folder_of(fleet.grpc_port)
     files += [str(arena)] if arena.exists() else []
     ports = [port for port in (fleet.http_port, fleet.grpc_port, fleet.metrics_port) if not is_free(HOST, port)]

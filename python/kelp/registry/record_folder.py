@@ -7,6 +7,7 @@ nothing of what the records say, but for their heartbeat; wall-clock time is com
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -25,6 +26,7 @@ from kelp.registry.base import StampedRecord
 
 MAX_RECORD_BYTES = 64 * 1024
 _PURPOSE = "registry record"
+_TEMPORARY = ".new-"
 _PROOF = re.compile(rb"\n([0-9a-f]{64})\n?\Z")
 _log = logging.getLogger(__name__)
 RecordT = TypeVar("RecordT", bound=StampedRecord)
@@ -64,7 +66,7 @@ class RecordFolder(Generic[RecordT]):
         """
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         stamped = record.model_copy(update={"heartbeat_ns": self._clock.wall_ns()})
-        handle, temporary = tempfile.mkstemp(dir=self._folder, prefix=".new-")
+        handle, temporary = tempfile.mkstemp(dir=self._folder, prefix=_TEMPORARY)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(self._proven(encode_message(stamped), self._path_of(name)))
@@ -88,12 +90,28 @@ class RecordFolder(Generic[RecordT]):
         return [record for record in records if record and record.heartbeat_ns >= oldest_ns]
 
     def sweep(self) -> int:
-        """Remove the dead records and return how many there were."""
+        """Remove the dead records, and what killed writers left; return how many records there were.
+
+        A folder that cannot be read just now is left as it is.
+        """
         oldest_ns = self._clock.wall_ns() - self._expiry_ns
-        dead = [path for path in self._paths() if self._is_dead(path, oldest_ns)]
-        for path in dead:
-            path.unlink(missing_ok=True)
+        try:
+            dead = [path for path in self._paths() if self._is_dead(path, oldest_ns)]
+            for path in (*dead, *self._abandoned(oldest_ns)):
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            _log.warning("registry %s is not swept: %s", self._folder, error)
+            return 0
         return len(dead)
+
+    def _abandoned(self, oldest_ns: int) -> list[Path]:
+        """Files that were never renamed to a record: their writers are gone."""
+        found = []
+        for path in self._folder.glob(f"{_TEMPORARY}*"):
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_mtime_ns < oldest_ns:
+                    found.append(path)
+        return found
 
     def _is_dead(self, path: Path, oldest_ns: int) -> bool:
         """Whether nobody needs it; what others wrote, who know another token or none, is theirs while they renew it."""

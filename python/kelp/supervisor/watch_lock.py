@@ -9,7 +9,10 @@ from kelp.supervisor import run_state
 
 
 class WatchLock:
-    """An advisory lock per gRPC port of this user; the kernel releases it when its process dies."""
+    """An advisory lock per gRPC port of this user; the kernel releases it when its process dies.
+
+    Whoever releases it removes the file, so whoever gets a lock looks whether it still is the file's.
+    """
 
     def __init__(self, grpc_port: int) -> None:
         self._path = run_state.user_folder() / f"supervisor-{grpc_port}.lock"
@@ -22,7 +25,10 @@ class WatchLock:
         file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            is_the_file = os.path.samestat(os.fstat(file), self._path.stat())
+        except (BlockingIOError, FileNotFoundError):
+            is_the_file = False
+        if not is_the_file:
             os.close(file)
             return False
         self._file = file
@@ -31,5 +37,6 @@ class WatchLock:
     def release(self) -> None:
         """Let go; idempotent."""
         if self._file is not None:
+            self._path.unlink(missing_ok=True)
             os.close(self._file)
             self._file = None

@@ -18,7 +18,7 @@ from kelp.core.hashing import tenant_digest
 from kelp.core.kv_manager_messages import Clear, Done, GetStats, Refused, Stats
 from kelp.core.metrics import Metrics
 from kelp.core.types import Tier
-from kelp.kv.manager import lower
+from kelp.kv.manager import clearing, lower
 from kelp.kv.manager.clearing import Clearing
 from kelp.kv.tiers.clears import LOWER_TIERS, ClearJournal, OwedClear
 from support.waiting import until
@@ -31,6 +31,7 @@ THEIRS = prompt_hashes(6)
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lower, "_POLL_S", 0.001)
+    monkeypatch.setattr(clearing, "WIPE_AGAIN_S", 0.02)
 
 
 @pytest.fixture

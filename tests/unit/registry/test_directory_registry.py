@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -217,6 +218,24 @@ def test_a_sweep_removes_the_dead_and_keeps_the_living(
     assert names(registry) == ["alive"]
     assert len(files(tmp_path)) == 1
     assert registry.sweep() == 0
+
+
+def test_a_sweep_removes_what_a_killed_writer_left_and_no_file_that_is_being_written(
+    registry: DirectoryRegistry, tmp_path: Path, clock: FakeClock
+) -> None:
+    registry.publish(record())
+    for name, age_s in (("left", EXPIRY_S + 1), ("new", 0)):
+        (tmp_path / "registry" / f".new-{name}").touch()
+        written_ns = clock.wall_ns() - int(age_s * 1e9)
+        os.utime(tmp_path / "registry" / f".new-{name}", ns=(written_ns, written_ns))
+    registry.sweep()
+    assert not (tmp_path / "registry" / ".new-left").exists()
+    assert (tmp_path / "registry" / ".new-new").exists()
+
+
+def test_a_worker_may_start_while_the_folder_cannot_be_read(tmp_path: Path, clock: FakeClock) -> None:
+    (tmp_path / "registry").write_text("in the way")
+    assert DirectoryRegistry(tmp_path / "registry", EXPIRY_S, clock).sweep() == 0
 
 
 def test_a_folder_that_cannot_be_written_is_an_os_error(tmp_path: Path, clock: FakeClock) -> None:

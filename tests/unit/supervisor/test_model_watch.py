@@ -246,3 +246,4 @@ def test_of_two_supervisors_one_stands_by_until_the_other_has_gone(server: Playe
     assert [name for _, name, _ in server.loads] == ["decode"]
     assert second.said[1] == "supervising"
     second.watch.close()
+    assert list(run_state.user_folder().glob("supervisor-*")) == []

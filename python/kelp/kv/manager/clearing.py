@@ -19,7 +19,8 @@ from kelp.kv.manager.stores import Stores
 from kelp.kv.tiers.clears import LOWER_TIERS, ClearJournal, OwedClear
 
 _log = logging.getLogger(__name__)
-_WIPE_AGAIN_S = 10.0
+WIPE_AGAIN_S = 10.0
+"""Between two tries to wipe what the disk could not."""
 
 
 @dataclass(eq=False)
@@ -109,7 +110,7 @@ class Clearing:
                 clear.tiers.discard(Tier.DISK)
             await self._settle()
         elif now_s >= self._wiping_again_s:
-            self._wiping_again_s = now_s + _WIPE_AGAIN_S
+            self._wiping_again_s = now_s + WIPE_AGAIN_S
             self._disk.wipe_again()
 
     async def reached(self) -> None:
