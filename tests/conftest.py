@@ -15,6 +15,7 @@ class _ByFolder(LoadScopeScheduling):
         return next((folder for folder in _SERVER_FOLDERS if nodeid.startswith(folder)), nodeid.partition("::")[0])
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> _ByFolder:
     """Scopes are given out in the order of collection, not the largest first."""
     config.option.loadscopereorder = False
