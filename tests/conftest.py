@@ -6,22 +6,34 @@ import pytest
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
-_SERVER_FOLDERS = ("tests/e2e/", "tests/faults/")
-"""Their tests share servers that take long to start: each folder stays in one process, and goes first."""
+_SHARING = {
+    "tests/e2e/test_": ("bad_input", "clients", "features", "guided", "kv_tiers", "parity", "sequences"),
+    "tests/faults/test_": ("client_gone", "deadlines", "direct_channel", "leases", "lying_peers"),
+}
+"""Files whose tests share servers, or a reference, that take long: those of one folder stay in one process."""
 
 
-class _ByFolder(LoadScopeScheduling):
+class _ByServers(LoadScopeScheduling):
     def _split_scope(self, nodeid: str) -> str:
-        return next((folder for folder in _SERVER_FOLDERS if nodeid.startswith(folder)), nodeid.partition("::")[0])
+        return _sharers(nodeid) or nodeid.partition("::")[0]
+
+
+def _sharers(nodeid: str) -> str:
+    for start, files in _SHARING.items():
+        if nodeid.startswith(tuple(f"{start}{name}.py" for name in files)):
+            return start
+    return ""
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> _ByFolder:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> _ByServers:
     """Scopes are given out in the order of collection, not the largest first."""
     config.option.loadscopereorder = False
-    return _ByFolder(config, log)
+    return _ByServers(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Whatever takes longest is begun first."""
-    items.sort(key=lambda item: not item.nodeid.startswith(_SERVER_FOLDERS))
+    items.sort(
+        key=lambda item: (not _sharers(item.nodeid), not item.nodeid.startswith(("tests/e2e/", "tests/faults/")))
+    )

@@ -61,6 +61,7 @@ class SequenceRun:
         self._failed: set[WorkerKey] = set()
         self._num_handoff_failures = 0
         self._num_engine_failures = 0
+        self._has_seen_death = False
         self._task: asyncio.Task[object] | None = None
         self._is_stopped = False
         self._attempt: Attempt | None = None
@@ -118,7 +119,7 @@ class SequenceRun:
                 ended = self._job.finish_reason(self._parts.eos_token_ids)
                 if ended is not None:
                     return ended
-                if isinstance(error, WorkerDied) and attempt.failed_worker is not None:
+                if isinstance(error, WorkerDied) and attempt.failed_worker is not None and attempt.has_arrived:
                     await stay.died(key_of(attempt.failed_worker), len(self._job.generated) - num_before)
                 self._check_patience(num_migrations, error)
             finally:
@@ -150,7 +151,7 @@ class SequenceRun:
     async def _find(self, request: RoutingRequest, avoid: frozenset[WorkerKey], allow_prefill: bool) -> Placement:
         """A request that resumes, or whose worker has died, waits for a worker to come back."""
         loop = asyncio.get_running_loop()
-        is_patient = request.is_resumed or bool(self._job.suspicion.deaths)
+        is_patient = request.is_resumed or self._has_seen_death
         give_up_s = loop.time() + (self._parts.recovery_wait_s if is_patient else 0.0)
         while True:
             try:
@@ -174,6 +175,7 @@ class SequenceRun:
         if error.is_retryable:
             self._parts.metrics.add(RETRIES, reason=error.code.lower())
         if attempt.failed_worker is not None and isinstance(error, WorkerDied):
+            self._has_seen_death = True
             self._parts.placer.died(attempt.failed_worker)
         if attempt.failed_worker is not None and isinstance(error, (WorkerLost, CapacityError, EngineFailed)):
             self._failed.add(key_of(attempt.failed_worker))
