@@ -39,7 +39,7 @@ from support.waiting import wait_until
 CLI = Path(sys.executable).with_name("kelp")
 HOST = "127.0.0.1"
 MODEL = models_folder() / "default"
-CLEAN_STOP_S = 40.0
+CLEAN_STOP_S = 60.0
 """Triton's own exit timeout, the supervisor's grace before it kills, and room for a loaded machine."""
 _START_S = 240.0
 _READY_LINE = "Ctrl-C stops it."
