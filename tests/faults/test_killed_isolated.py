@@ -19,7 +19,7 @@ from kill_scenes import (
     wait_back,
 )
 
-from support.llm_client import http_post
+from support.llm_client import ServedError, http_get, http_post
 from support.serving import KelpServer, shm_regions
 from support.waiting import wait_until
 
@@ -97,6 +97,16 @@ def test_a_decode_worker_that_hangs_is_left_for_another(fleet: KelpServer) -> No
     # Waking the stub would bring its server down, too: Triton 2.51 aborts on one that it has found unhealthy.
     server.kill()
     wait_back(fleet, worker, epochs[worker])
+    check_serving(fleet)
+
+
+def test_a_dead_router_ends_its_streams_and_comes_back(fleet: KelpServer) -> None:
+    with decoding(fleet).open() as call:
+        call.next()
+        fleet.stub("llm").kill()
+        with pytest.raises(ServedError):
+            call.answer()
+    wait_until(lambda: http_get(f"{fleet.http_url}/v2/models/llm/ready")[0] == 200, "the router", 90.0)
     check_serving(fleet)
 
 

@@ -31,13 +31,22 @@ class ModelWatch:
     Args:
         server: Its process, on this host.
         endpoint: `host:port` of its gRPC service.
+        deal_with: Asked first about a model that has died; True: nothing else is to be done.
     """
 
-    def __init__(self, server: psutil.Process, endpoint: str, rules: SupervisionConfig, say: Say) -> None:
+    def __init__(
+        self,
+        server: psutil.Process,
+        endpoint: str,
+        rules: SupervisionConfig,
+        say: Say,
+        deal_with: Callable[[str], bool] = lambda _: False,
+    ) -> None:
         self._server = server
         self._control = TritonControl(endpoint)
         self._rules = rules
         self._say = say
+        self._deal_with = deal_with
         self._lock = WatchLock(int(endpoint.rpartition(":")[2]))
         self._is_standing_by = False
         self._look_at_s = 0.0
@@ -89,7 +98,8 @@ class ModelWatch:
             return
         # One look alone may see a model between two states.
         for name in sorted(dead & self._suspects):
-            self._note_death(name, now_s)
+            if not self._deal_with(name):
+                self._note_death(name, now_s)
         self._suspects = frozenset(name for name in dead if not self._is_waiting(name))
         for name in [name for name in self._backoffs if self._is_waiting(name) and name not in dead]:
             del self._backoffs[name]

@@ -76,6 +76,11 @@ class ServerSpec:
         return (*self.on_disk_models, *(worker.name for worker in self.added_workers), *routers)
 
     @property
+    def ends_with_router(self) -> bool:
+        """Whether nothing is lost with this server that is not lost with its router's process."""
+        return set(self.model_names) == set(MODELS_BESIDE_WORKERS) and self.router_instances == 1
+
+    @property
     def grpc_endpoint(self) -> str:
         """`host:port` at which this host reaches the gRPC service."""
         return f"{own_address(self.host)}:{self.grpc_port}"

@@ -9,6 +9,7 @@ import psutil
 
 from kelp.core.config_supervision import SupervisionConfig
 from kelp.core.errors import KelpError
+from kelp.core.schema import LLM
 from kelp.supervisor.backoff import Backoff
 from kelp.supervisor.model_watch import ModelWatch
 from kelp.supervisor.server import TritonServer
@@ -62,8 +63,17 @@ class Supervised:
     def _watch_models(self) -> None:
         if self._models is None:
             endpoint = self.server.spec.grpc_endpoint
-            self._models = ModelWatch(psutil.Process(self.server.pid), endpoint, self._rules, self._say)
+            process = psutil.Process(self.server.pid)
+            self._models = ModelWatch(process, endpoint, self._rules, self._say, self._ended_with)
         self._models.check()
+
+    def _ended_with(self, name: str) -> bool:
+        """End a server that is of no use without a dead model: Triton never ends the streams of a dead router."""
+        if name != LLM.name or not self.server.spec.ends_with_router:
+            return False
+        self._say(f"{name} died, and its streams would wait for ever: ending its server")
+        self.server.kill()
+        return True
 
     def _forget_models(self) -> None:
         if self._models is not None:

@@ -89,10 +89,10 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> PlayedServer:
 class Shift:
     """A watch that looks twice a second, and what it says."""
 
-    def __init__(self, server: PlayedServer) -> None:
+    def __init__(self, server: PlayedServer, **more: Any) -> None:
         self._server = server
         self.said: list[str] = []
-        self.watch = ModelWatch(SimpleNamespace(), "host:8001", RULES, self.said.append)  # type: ignore[arg-type]
+        self.watch = ModelWatch(SimpleNamespace(), "host:8001", RULES, self.said.append, **more)  # type: ignore[arg-type]
 
     def run(self, seconds: float) -> None:
         for _ in range(int(seconds / 0.5)):
@@ -179,6 +179,16 @@ def test_an_older_process_that_finishes_its_requests_does_not_stand_for_a_dead_o
     server.stubs["llm_0_0"] = older
     shift.run(5.0)
     assert [name for _, name, _ in server.loads] == ["llm"]
+
+
+def test_a_death_that_is_dealt_with_otherwise_leads_to_no_load(server: PlayedServer) -> None:
+    shift = Shift(server, deal_with=lambda name: name == "llm")
+    shift.run(3.0)
+    for name in ("llm", "decode"):
+        server.kill(f"{name}_0_0")
+    shift.run(6.0)
+    assert {name for _, name, _ in server.loads} == {"decode"}
+    shift.watch.close()
 
 
 def test_a_model_that_was_unloaded_stays_so(server: PlayedServer, shift: Shift) -> None:

@@ -102,6 +102,14 @@ def test_the_isolated_layout_has_a_server_per_worker_and_the_public_one_last() -
     assert len({server.name for server in (manager, *workers, public)}) == 5
 
 
+def test_only_the_isolated_layouts_public_server_ends_with_its_only_router() -> None:
+    assert [spec.ends_with_router for spec in plan(is_isolated=True)][-2:] == [False, True]
+    assert [spec.ends_with_router for spec in plan(is_isolated=False)] == [False]
+    config = load_config({"server.router_instances": "3"})
+    planned = plan_servers(replace(options(is_isolated=True), config=config), lambda host: 9000)
+    assert not planned[-1].ends_with_router
+
+
 @pytest.mark.parametrize("is_isolated", [False, True])
 def test_without_a_kv_block_manager_none_is_planned(is_isolated: bool) -> None:
     config = load_config({"kv_manager.enabled": "false"})
