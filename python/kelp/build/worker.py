@@ -49,6 +49,7 @@ def build_worker(identity: WorkerIdentity, config: KelpConfig, metrics: Metrics)
     events = None
     if config.events.enabled:
         events = EventPublisher(identity.epoch, layout.block_size, config.events, clock, token)
+    has_tiers = config.kv_manager.enabled or config.offload.use_other_hosts
     parts = WorkerParts(
         executor=executor,
         handoffs=HandoffServer(description, config.handoff, clock, token=token),
@@ -58,7 +59,7 @@ def build_worker(identity: WorkerIdentity, config: KelpConfig, metrics: Metrics)
         clock=clock,
         metrics=metrics,
         events=events,
-        tiers=_tiers(identity, config, executor, agent, metrics, token) if config.kv_manager.enabled else None,
+        tiers=_tiers(identity, config, executor, agent, metrics, token) if has_tiers else None,
         token=token,
     )
     return WorkerService(identity, parts, config)

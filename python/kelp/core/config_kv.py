@@ -145,6 +145,9 @@ class OffloadConfig(Group):
     """With `write-back`, blocks are offered while less than this share of the pool is free."""
     onboard: Literal["auto", "always", "never"] = "auto"
     """Bring a prompt's blocks back when that is predicted to be faster than computing them, or always, or never."""
+    use_other_hosts: bool = False
+    """Where no manager serves this host, one of another host of the same registry does: workers READ from its memory,
+    and it from theirs, over the network."""
     min_onboard_blocks: Annotated[int, Field(ge=1)] = 2
     """Prompts that lack fewer blocks are computed without asking."""
     onboard_timeout_s: Positive = 10.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiers_rig import BLOCK_SIZE, NUM_BLOCKS, open_rig
@@ -16,10 +17,11 @@ from kelp.core.metrics import KV_MANAGER_JOINED, OFFLOAD_BLOCKS
 from kelp.core.types import BlockId, SequenceHash
 from kelp.executor.base import Completed, SealedBlock
 from kelp.registry.base import KvManagerRecord
+from kelp.worker.tiers import service
 from kelp.worker.tiers.buffer import OffloadBuffer
 from kelp.worker.tiers.leases import LeaseBook
 from kelp.worker.tiers.pace import DUTY, Pace
-from kelp.worker.tiers.service import newest_here
+from kelp.worker.tiers.service import manager_for
 from support.waiting import until
 
 SHORT_LEASES = {"kv_manager.lease_ttl_s": "0.3"}
@@ -33,8 +35,30 @@ def record(host: str, number: int) -> KvManagerRecord:
 
 def test_the_newest_manager_of_the_own_host_is_chosen() -> None:
     records = [record("here", 1), record("here", 3), record("there", 9), record("here", 2)]
-    assert newest_here(records, "here") == records[1]
-    assert newest_here(records, "nowhere") is None
+    assert manager_for("here", records, use_other_hosts=False) == records[1]
+    assert manager_for("nowhere", records, use_other_hosts=False) is None
+
+
+def test_a_host_without_manager_may_use_that_of_another() -> None:
+    records = [record("here", 1), record("there", 9), record("far", 2)]
+    assert manager_for("here", records, use_other_hosts=True) == records[0]
+    assert manager_for("nowhere", records, use_other_hosts=True) == records[1]
+    assert manager_for("nowhere", [], use_other_hosts=True) is None
+
+
+def test_a_worker_of_another_host_stores_there_and_has_it_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        async with open_rig(tmp_path, **{"offload.use_other_hosts": "true"}) as (_, (worker,)):
+            first = await worker.run()
+            await worker.stored()
+            await worker.forget()
+            life = await worker.run()
+            assert isinstance(life.end, Completed) and life.end.usage.onboarded_blocks == 3
+            assert life.tokens == first.tokens
+            await worker.quiet()
+
+    monkeypatch.setattr(service, "socket", SimpleNamespace(gethostname=lambda: "another host"))
+    asyncio.run(scenario())
 
 
 def test_a_restarted_manager_is_joined_again_and_gives_what_it_had(tmp_path: Path) -> None:

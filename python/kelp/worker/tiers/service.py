@@ -127,7 +127,7 @@ class WorkerTiers:
         parts = self._parts
         return MemberParts(
             name=parts.name,
-            find=lambda: newest_here(parts.managers(), socket.gethostname()),
+            find=lambda: manager_for(socket.gethostname(), parts.managers(), parts.config.offload.use_other_hosts),
             introduce=self._introduction,
             client=parts.client,
             links=self._links,
@@ -164,10 +164,10 @@ def space_of(layout: KVLayout) -> SpaceRecord:
     )
 
 
-def newest_here(records: list[KvManagerRecord], host: str) -> KvManagerRecord | None:
-    """The manager of a host that has shown itself last."""
+def manager_for(host: str, records: list[KvManagerRecord], use_other_hosts: bool) -> KvManagerRecord | None:
+    """The manager of a host that has shown itself last; of another host where there is none, if that may be."""
     here = [record for record in records if record.host == host]
-    return max(here, key=lambda record: record.heartbeat_ns, default=None)
+    return max(here or (records if use_other_hosts else []), key=lambda record: record.heartbeat_ns, default=None)
 
 
 def _say_if_failed(task: asyncio.Task[None]) -> None:
