@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from mock_fleet_rig import Reference, explain, generate, model_of, samples, total, worker_of
 
-from support.serving import KelpServer
+from kelp.core.config import CONFIG_ENV
+from kelp.supervisor.plan import ServerSpec, WorkerSpec
+from kelp.supervisor.server import Launch, TritonServer
+from kelp.supervisor.triton import find_triton
+from support.serving import HOST, KelpServer, clean_environment, free_ports
 from support.waiting import wait_until
 
 BLOCK_SIZE = 16
@@ -18,6 +25,10 @@ SETTINGS: dict[str, object] = {
     "offload.onboard": "always",
     "registry.heartbeat_s": 0.5,
 }
+UNDER_ANOTHER_NAME = """#!/bin/sh
+exec unshare --uts sh -c 'hostname another-host && exec "$@"' sh {program} "$@"
+"""
+ROOT = Path(__file__).resolve().parents[2]
 TALE = "The lighthouse keeper counts the ships that pass, and writes their names down. " * 12
 
 
@@ -85,3 +96,43 @@ def test_a_prompt_that_nobody_has_is_computed_without_asking_the_manager(served:
     for name in ("decode", "decode_1"):
         compute_and_see(served, f"The end of {name}.", name)
     assert counted(served, "kelp_onboard_requests_total") == num_asked
+
+
+@pytest.fixture
+def other_host(served: KelpServer, tmp_path: Path) -> Iterator[TritonServer]:
+    """A worker of the same registry on a host that has another name, and no KV block manager."""
+    if subprocess.run(["unshare", "--uts", "true"], check=False, capture_output=True).returncode:
+        pytest.skip("needs the right to make a UTS namespace")
+    config = yaml.safe_load((served.run_folder / "kelp.yaml").read_text())
+    config["kv_manager"]["enabled"] = False
+    config.setdefault("offload", {})["use_other_hosts"] = True
+    config_path, program, triton = tmp_path / "kelp.yaml", tmp_path / "tritonserver", find_triton()
+    config_path.write_text(yaml.safe_dump(config))
+    program.write_text(UNDER_ANOTHER_NAME.format(program=triton.binary))
+    program.chmod(0o755)
+    environment = {**triton.environment(clean_environment()), CONFIG_ENV: str(config_path)}
+    grpc_port, metrics_port = free_ports(2)
+    workers = (WorkerSpec("decode_9", "decode"),)
+    spec = ServerSpec("kelp-other-host", HOST, grpc_port, None, metrics_port, (), workers)
+    server = TritonServer(Launch(program, environment, ROOT / "model_repository", ROOT / "backends", tmp_path), spec)
+    try:
+        server.start()
+        server.wait_ready(120.0)
+        yield server
+    finally:
+        server.stop()
+
+
+def test_a_worker_of_a_host_without_manager_reads_from_the_memory_of_another(
+    served: KelpServer, other_host: TritonServer
+) -> None:
+    reference, tale, worker = Reference(), f"On another host. {TALE}", other_host.spec.added_workers[0].name
+    num_blocks = (len(reference.encode(tale)) - 1) // BLOCK_SIZE
+    wait_until(lambda: bool(served.records()[worker].kv_manager_id), "its joining", 30.0)
+    in_memory = {"tier": "host", "state": "resident"}
+    before = counted(served, "kelp_kv_tier_blocks", **in_memory)
+    generate(served, text_input=tale, max_tokens=MAX_TOKENS, kelp_worker="decode_1")
+    wait_until(lambda: counted(served, "kelp_kv_tier_blocks", **in_memory) >= before + num_blocks, "its blocks", 30.0)
+    answer = generate(served, text_input=tale, max_tokens=MAX_TOKENS, kelp_worker=worker)
+    assert (answer["output_ids"], worker_of(answer)) == (reference.answer(tale, MAX_TOKENS), worker)
+    assert answer["cached_tokens"] == num_blocks * BLOCK_SIZE
