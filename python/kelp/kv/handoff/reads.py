@@ -13,7 +13,6 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from kelp.core.background import yield_to_others
 from kelp.core.clock import Clock
 from kelp.core.errors import FatalTransferError, InternalError, KelpError
 from kelp.core.types import BlockId
@@ -51,14 +50,12 @@ class ReadLoop:
 
     Args:
         timeout_s: A READ that takes longer is given up with FatalTransferError.
-        can_wait: Nobody's request waits for these READs; see `core.background`.
     """
 
-    def __init__(self, agent: Agent, clock: Clock, timeout_s: float, can_wait: bool = False) -> None:
+    def __init__(self, agent: Agent, clock: Clock, timeout_s: float) -> None:
         self._agent = agent
         self._clock = clock
         self._timeout_s = timeout_s
-        self._can_wait = can_wait
         self._submitted: queue.SimpleQueue[Read | None] = queue.SimpleQueue()
         self._posted: list[_Posted] = []
         self._thread = threading.Thread(target=self._run, name="kelp-kv-reads", daemon=True)
@@ -74,8 +71,6 @@ class ReadLoop:
         self._thread.join()
 
     def _run(self) -> None:
-        if self._can_wait:
-            yield_to_others()
         backoff_s = _MIN_BACKOFF_S
         while True:
             try:

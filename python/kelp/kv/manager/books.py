@@ -61,8 +61,7 @@ class TierBooks:
 
     def __init__(self, tier: Tier, medium: Medium, parts: BookParts) -> None:
         self.tier = tier
-        # Of the host tier's, only new blocks have need; what a prompt waits for comes from below.
-        self.thread = TierThread(f"kelp-kv-{tier.name.lower()}", can_wait=tier is Tier.HOST)
+        self.thread = TierThread(f"kelp-kv-{tier.name.lower()}")
         self.stats = parts.stats
         self.clock = parts.clock
         self.block_bytes = parts.block_bytes

@@ -28,7 +28,7 @@ class PoolReads:
 
     def __init__(self, agent: Agent, members: Members, block_bytes: int, clock: Clock) -> None:
         self._members = members
-        self._loop = ReadLoop(agent, clock, _READ_TIMEOUT_S, can_wait=True)
+        self._loop = ReadLoop(agent, clock, _READ_TIMEOUT_S)
         self._step = max(1, _READ_BYTES // block_bytes)
         self._turns = asyncio.Semaphore(_MAX_STORES)
 
