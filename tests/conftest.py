@@ -33,7 +33,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> _ByServ
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever takes longest is begun first."""
-    items.sort(
-        key=lambda item: (not _sharers(item.nodeid), not item.nodeid.startswith(("tests/e2e/", "tests/faults/")))
-    )
+    """Whatever takes long is begun first; but servers that are shared stay until the end, and need memory."""
+    folders = ("tests/e2e/", "tests/faults/")
+    items.sort(key=lambda item: (not item.nodeid.startswith(folders), bool(_sharers(item.nodeid))))

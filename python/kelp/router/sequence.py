@@ -85,7 +85,7 @@ class SequenceRun:
             beside: Whose decode worker to try first; None leaves that to the placer, as all further attempts are.
 
         Raises:
-            MigrationsExceeded: Every attempt failed, the last one not for want of room.
+            MigrationsExceeded: Every attempt failed, the last one not for want of room or of a living worker.
             PoisonRequest: Its workers die of it.
             KelpError: No worker could finish the sequence.
         """
@@ -121,17 +121,17 @@ class SequenceRun:
                     return ended
                 if isinstance(error, WorkerDied) and attempt.failed_worker is not None and attempt.has_arrived:
                     await stay.died(key_of(attempt.failed_worker), len(self._job.generated) - num_before)
-                self._check_patience(num_migrations, error)
+                self._check_patience(num_migrations, error, attempt)
             finally:
                 stay.end()
                 placement.end(is_completed=self._is_stopped)
             num_migrations += 1
 
-    def _check_patience(self, num_migrations: int, error: KelpError) -> None:
+    def _check_patience(self, num_migrations: int, error: KelpError, attempt: Attempt) -> None:
         limit = self._parts.max_migrations
         if num_migrations < limit and self._num_engine_failures < _MAX_ENGINE_FAILURES:
             return
-        if isinstance(error, CapacityError):
+        if isinstance(error, CapacityError) or (isinstance(error, WorkerDied) and not attempt.has_arrived):
             raise error
         raise MigrationsExceeded(
             f"given up after {num_migrations} migrations (router.max_migrations is {limit}): {error.code}: {error.text}"
