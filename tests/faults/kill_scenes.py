@@ -19,7 +19,6 @@ FLEET_SETTINGS: dict[str, object] = {
     "handoff.transfer_timeout_s": 3,
     "registry.heartbeat_s": 0.5,
     "registry.expiry_s": 3.0,
-    "router.recovery_wait_s": 2.0,
 }
 _salts = itertools.count()
 

@@ -24,8 +24,6 @@ from kelp.router.placement import Placement, WorkersView
 
 _log = logging.getLogger(__name__)
 _LIVENESS_CHECK_S = 1.0
-_ARRIVED_AFTER_S = 1.0
-"""The sockets of a process that was killed are closed by then, however much memory is freed before."""
 _End = KelpError | None
 
 
@@ -82,14 +80,9 @@ class WorkerLeg:
         self._on_output: Callable[[WorkerOutput], None] | None = None
         self._loop = asyncio.get_running_loop()
         self._finished: asyncio.Future[Finished] = self._loop.create_future()
-        self._begun_s = self._last_heard_s = self._last_token_s = self._loop.time()
-        self._has_spoken = self._has_said_token = False
+        self._last_heard_s = self._last_token_s = self._loop.time()
+        self._has_said_token = False
         self._timer = self._loop.call_later(_LIVENESS_CHECK_S, self._check_liveness)
-
-    @property
-    def has_arrived(self) -> bool:
-        """Whether the worker can have seen the command: one that has just been killed takes commands for a moment."""
-        return self._has_spoken or self._loop.time() - self._begun_s >= _ARRIVED_AFTER_S
 
     def begin(self, command: GenerateCommand, prompt: npt.NDArray[np.int32]) -> None:
         """Send the command.
@@ -120,10 +113,9 @@ class WorkerLeg:
 
     def _receive(self, item: WorkerOutput | _End) -> None:
         self._last_heard_s = now_s = self._loop.time()
-        if isinstance(item, WorkerOutput):
-            self._has_spoken = True
-            if item.token_ids:
-                self._last_token_s, self._has_said_token = now_s, True
+        if isinstance(item, WorkerOutput) and item.token_ids:
+            self._last_token_s = now_s
+            self._has_said_token = True
         self._hand_on(item)
 
     def _hand_on(self, item: WorkerOutput | _End) -> None:
@@ -176,7 +168,6 @@ class Attempt:
 
     Attributes:
         failed_worker: Whose error ended the attempt.
-        has_arrived: Whether that worker had the command: only then can it have died of it.
         has_decoded: The decode worker has sent a token: the prompt's KV is there, wherever it was computed.
     """
 
@@ -192,7 +183,6 @@ class Attempt:
         self._legs: list[WorkerLeg] = []
         self.has_decoded = False
         self.failed_worker: WorkerRecord | None = None
-        self.has_arrived = False
 
     @property
     def is_handoff_failure(self) -> bool:
@@ -250,7 +240,7 @@ class Attempt:
         try:
             return await leg.follow(partial(self._take, record))
         except KelpError:
-            self.failed_worker, self.has_arrived = record, leg.has_arrived
+            self.failed_worker = record
             raise
 
     def _take(self, record: WorkerRecord, output: WorkerOutput) -> None:

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Callable, Sequence
 
 from kelp.executor.batching.batch import Chunk, Launched, ModelRunner
 
-_LATE_S = 0.1
-
 
 def die() -> None:
-    """End this process as a crash does: without a word, and without anybody's clean-up.
-
-    An accelerator's faults show some time after the launch; what the worker has said before is out by then.
-    """
-    time.sleep(_LATE_S)
+    """End this process as a crash does: without a word, and without anybody's clean-up."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
