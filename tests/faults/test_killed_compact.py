@@ -62,5 +62,5 @@ def test_when_no_worker_is_left_the_client_hears_so_before_its_deadline(fleet: K
         fleet.stub(worker).kill()
     with pytest.raises(ServedError) as raised:
         fleet.ask(**{"text_input": "Is anybody there?", "deadline_ms": 60_000})
-    # Workers that died just before it came may look as if they had died of it; one that is left is tried again.
-    assert raised.value.code in ("WORKER_LOST", "OVERLOADED", "MIGRATIONS_EXCEEDED", "POISON_REQUEST")
+    # It waits for one to come back, which nobody does here.
+    assert raised.value.code in ("WORKER_LOST", "OVERLOADED")

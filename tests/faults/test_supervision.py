@@ -27,6 +27,7 @@ SETTINGS: dict[str, object] = {
     "mock.fatal_token_id": FATAL_TOKEN,
     "registry.heartbeat_s": 0.5,
     "registry.expiry_s": EXPIRY_S,
+    "router.suspect_wait_s": 30.0,
     "supervision.enabled": False,
 }
 

@@ -78,7 +78,7 @@ class WorkerClient(Protocol):
         """Start a request; `prompt` is `[num_tokens] int32`. Calls `receive` later, never before it returns.
 
         Raises:
-            WorkerLost: The worker is known to have gone.
+            WorkerDied: The worker is known to have gone.
         """
 
     async def control(self, address: WorkerAddress, command: DrainCommand | None) -> WorkerStatus:

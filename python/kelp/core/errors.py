@@ -154,7 +154,7 @@ class WorkerLost(KelpError):
 
 
 class WorkerDied(WorkerLost):
-    """A worker's process ended while it had requests; to clients it is a lost worker like any other."""
+    """A worker's process has ended; to clients it is a lost worker like any other."""
 
 
 class WorkerDraining(WorkerLost):

@@ -77,6 +77,7 @@ class GenerateCommand(Message):
         tenant_hex: `core.hashing.tenant_digest` of the cache salt, hex; empty: of the empty salt.
         lower_tier_blocks: How many leading full prompt blocks are known to lie in the worker's own cache and its block
             manager's tiers together: a worker that has as many need not ask its manager. None: it had better ask.
+        wants_receipt: The worker says something before it begins: should it die then, it may have died of this.
     """
 
     op: Literal["generate"] = "generate"
@@ -91,6 +92,7 @@ class GenerateCommand(Message):
     lora_digest: LoraDigest = ""
     tenant_hex: Annotated[str, Field(pattern=r"^([0-9a-f]{32})?$")] = ""
     lower_tier_blocks: Count | None = None
+    wants_receipt: bool = False
 
 
 class DrainCommand(Message):

@@ -62,6 +62,20 @@ class AttemptParts:
     retire: Callable[[WorkerStream], None]
 
 
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Whose error ended an attempt.
+
+    Attributes:
+        was_sent: The worker had been sent its command.
+        was_heard: It had said something, if only a receipt.
+    """
+
+    worker: WorkerRecord
+    was_sent: bool
+    was_heard: bool
+
+
 class WorkerLeg:
     """One worker's part in an attempt: keeps what it says until somebody follows it, then hands it on as it comes.
 
@@ -69,6 +83,9 @@ class WorkerLeg:
     notice when the process behind a model dies, its streams just hang, and a network may silently part: a silent worker
     is given up as soon as nobody listens at its own socket, its heartbeat stops, or at the idle timeout. One that says
     nothing but that it lives is given up when its next token is overdue.
+
+    Attributes:
+        has_spoken: The worker has said something, if only a receipt.
     """
 
     def __init__(self, parts: AttemptParts, record: WorkerRecord) -> None:
@@ -82,13 +99,14 @@ class WorkerLeg:
         self._finished: asyncio.Future[Finished] = self._loop.create_future()
         self._last_heard_s = self._last_token_s = self._loop.time()
         self._has_said_token = False
+        self.has_spoken = False
         self._timer = self._loop.call_later(_LIVENESS_CHECK_S, self._check_liveness)
 
     def begin(self, command: GenerateCommand, prompt: npt.NDArray[np.int32]) -> None:
         """Send the command.
 
         Raises:
-            WorkerLost: The worker is known to have gone.
+            WorkerDied: The worker is known to have gone.
         """
         self._stream = self._parts.client.generate(self._address, command, prompt, self._receive)
 
@@ -113,9 +131,10 @@ class WorkerLeg:
 
     def _receive(self, item: WorkerOutput | _End) -> None:
         self._last_heard_s = now_s = self._loop.time()
-        if isinstance(item, WorkerOutput) and item.token_ids:
-            self._last_token_s = now_s
-            self._has_said_token = True
+        if isinstance(item, WorkerOutput):
+            self.has_spoken = True
+            if item.token_ids:
+                self._last_token_s, self._has_said_token = now_s, True
         self._hand_on(item)
 
     def _hand_on(self, item: WorkerOutput | _End) -> None:
@@ -167,7 +186,7 @@ class Attempt:
     """Runs a job once; `on_output` gets every output that brings tokens, in order, each token once.
 
     Attributes:
-        failed_worker: Whose error ended the attempt.
+        failure: Where it failed, if it did.
         has_decoded: The decode worker has sent a token: the prompt's KV is there, wherever it was computed.
     """
 
@@ -182,7 +201,7 @@ class Attempt:
         self._num_generated = len(job.generated)
         self._legs: list[WorkerLeg] = []
         self.has_decoded = False
-        self.failed_worker: WorkerRecord | None = None
+        self.failure: Failure | None = None
 
     @property
     def is_handoff_failure(self) -> bool:
@@ -193,7 +212,7 @@ class Attempt:
         """Run to the end of the sequence.
 
         Raises:
-            KelpError: The attempt failed; `failed_worker` says where.
+            KelpError: The attempt failed; `failure` says where.
         """
         try:
             if self._placement.prefill is None:
@@ -231,7 +250,7 @@ class Attempt:
         try:
             leg.begin(command, self._prompt)
         except KelpError:
-            self.failed_worker = record
+            self.failure = Failure(record, was_sent=False, was_heard=False)
             raise
         self._placement.sent()
         return leg
@@ -240,7 +259,7 @@ class Attempt:
         try:
             return await leg.follow(partial(self._take, record))
         except KelpError:
-            self.failed_worker = record
+            self.failure = Failure(record, was_sent=True, was_heard=leg.has_spoken)
             raise
 
     def _take(self, record: WorkerRecord, output: WorkerOutput) -> None:

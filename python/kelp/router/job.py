@@ -112,6 +112,7 @@ class Job:
             lora_digest=self.prompt.message.lora_digest,
             lower_tier_blocks=known_blocks if role is not Role.DECODE and not num_generated else None,
             tenant_hex=self.tenant_hex,
+            wants_receipt=bool(self.suspicion.deaths),
         )
 
     def finish_reason(self, eos_token_ids: frozenset[int]) -> FinishReason | None:

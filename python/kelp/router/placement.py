@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Protocol
 
@@ -130,12 +131,23 @@ class Placer:
         self._admission = admission
         self._ledger = ledger
         self._clock = clock
+        self._died: dict[WorkerKey, int] = {}
         self.update()
 
     def update(self) -> None:
         """The view has been refreshed: take it over."""
-        self._selector.set_workers(self._view.records())
+        records = self._view.records()
+        beats_ns = {key_of(record): record.heartbeat_ns for record in records}
+        # With a heartbeat since, only the way to the worker had broken.
+        self._died = {key: beat_ns for key, beat_ns in self._died.items() if beats_ns.get(key, math.inf) <= beat_ns}
+        self._selector.set_workers([record for record in records if key_of(record) not in self._died])
         self._admission.wake()
+
+    def died(self, record: WorkerRecord) -> None:
+        """A worker's process seems to have ended: nobody is sent there until it shows itself again."""
+        latest = next((known for known in self._view.records() if key_of(known) == key_of(record)), record)
+        self._died[key_of(record)] = latest.heartbeat_ns
+        self.update()
 
     async def place(
         self, request: RoutingRequest, avoid: frozenset[WorkerKey] = frozenset(), allow_prefill: bool = True

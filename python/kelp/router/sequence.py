@@ -33,7 +33,7 @@ class SequenceParts:
         eos_token_ids: Ids that end a sequence.
         max_prefill_retries: Other prefill workers tried before the decode worker computes the prompt itself.
         max_migrations: Further attempts after the first one.
-        recovery_wait_s: How long a sequence that has begun waits where no worker is left.
+        recovery_wait_s: How long a sequence that has begun, or whose worker died, waits where no worker is left.
         suspects: Requests that may have killed a worker.
     """
 
@@ -61,6 +61,7 @@ class SequenceRun:
         self._failed: set[WorkerKey] = set()
         self._num_handoff_failures = 0
         self._num_engine_failures = 0
+        self._has_seen_death = False
         self._task: asyncio.Task[object] | None = None
         self._is_stopped = False
         self._attempt: Attempt | None = None
@@ -118,8 +119,10 @@ class SequenceRun:
                 ended = self._job.finish_reason(self._parts.eos_token_ids)
                 if ended is not None:
                     return ended
-                if isinstance(error, WorkerDied) and attempt.failed_worker is not None:
-                    await stay.died(key_of(attempt.failed_worker), len(self._job.generated) - num_before)
+                failure = attempt.failure
+                if isinstance(error, WorkerDied) and failure is not None and failure.was_sent:
+                    num_tokens = len(self._job.generated) - num_before
+                    await stay.died(key_of(failure.worker), num_tokens, failure.was_heard)
                 self._check_patience(num_migrations, error)
             finally:
                 stay.end()
@@ -148,9 +151,10 @@ class SequenceRun:
         return await self._parts.suspects.place(self._job.suspicion, find)
 
     async def _find(self, request: RoutingRequest, avoid: frozenset[WorkerKey], allow_prefill: bool) -> Placement:
-        """A request that resumes waits for a worker to come back: its client has part of the answer."""
+        """A request that resumes, or whose worker has died, waits for a worker to come back."""
         loop = asyncio.get_running_loop()
-        give_up_s = loop.time() + (self._parts.recovery_wait_s if request.is_resumed else 0.0)
+        is_patient = request.is_resumed or self._has_seen_death
+        give_up_s = loop.time() + (self._parts.recovery_wait_s if is_patient else 0.0)
         while True:
             try:
                 return await self._parts.placer.place(request, avoid, allow_prefill)
@@ -172,8 +176,11 @@ class SequenceRun:
     def _note_failure(self, attempt: Attempt, error: KelpError) -> None:
         if error.is_retryable:
             self._parts.metrics.add(RETRIES, reason=error.code.lower())
-        if attempt.failed_worker is not None and isinstance(error, (WorkerLost, CapacityError, EngineFailed)):
-            self._failed.add(key_of(attempt.failed_worker))
+        if attempt.failure is not None and isinstance(error, WorkerDied):
+            self._has_seen_death = True
+            self._parts.placer.died(attempt.failure.worker)
+        if attempt.failure is not None and isinstance(error, (WorkerLost, CapacityError, EngineFailed)):
+            self._failed.add(key_of(attempt.failure.worker))
         if attempt.is_handoff_failure:
             self._num_handoff_failures += 1
         if isinstance(error, EngineFailed):

@@ -150,7 +150,7 @@ class RouterService:
             max_prefill_retries=config.max_prefill_retries,
             max_migrations=config.max_migrations,
             recovery_wait_s=config.recovery_wait_s,
-            suspects=Suspects(parts.attempts.view),
+            suspects=Suspects(parts.attempts.view, config.suspect_wait_s),
         )
 
     async def handle(self, exchange: Exchange) -> None:

@@ -3,7 +3,11 @@
 When a worker's process ends, each request that it ran is a suspect until another worker has brought it clearly past the
 point where it stood. Of the suspects on a worker that ends too, the one that has outlived most workers is the culprit;
 where there is no such one, all go on, and are then placed where no other suspect is. So the culprit is found sooner or
-later, and nobody else is refused. That a worker has ended, and not the way to it, is for the registry to confirm.
+later, and nobody else is refused. That a worker has ended, and not the way to it, is for the registry to confirm; that
+it had the request at all, for the worker itself, which acknowledges suspects.
+
+Most requests that kill do so before their first token. So those that stood there are kept apart from all other suspects
+from the first death on, for a while, and those that were under way keep clear of them without waiting.
 
 Belongs to one event loop. Knows neither tokens nor the client.
 """
@@ -11,6 +15,7 @@ Belongs to one event loop. Knows neither tokens nor the client.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
@@ -32,9 +37,16 @@ class Suspicion:
 
     Attributes:
         deaths: Workers that ended under it since it last got on.
+        had_begun: The latest of them had said tokens of it.
     """
 
     deaths: set[WorkerKey] = field(default_factory=set)
+    had_begun: bool = False
+
+    @property
+    def is_grave(self) -> bool:
+        """Whether other suspects are better off elsewhere."""
+        return len(self.deaths) > 1 or bool(self.deaths) and not self.had_begun
 
 
 class Stay:
@@ -45,6 +57,7 @@ class Stay:
         self.suspicion = suspicion
         self.workers = workers
         self._num_tokens = 0
+        self._is_acknowledged = bool(suspicion.deaths)
 
     @property
     def is_watched(self) -> bool:
@@ -58,18 +71,24 @@ class Stay:
             self.suspicion.deaths.clear()
             self._suspects.wake()
 
-    async def died(self, worker: WorkerKey, num_tokens: int) -> None:
-        """One of the workers has ended after so many new tokens.
+    async def died(self, worker: WorkerKey, num_tokens: int, was_heard: bool) -> None:
+        """One of the workers has ended.
+
+        Args:
+            worker: Which one.
+            num_tokens: What all of them had said since the stay began.
+            was_heard: Whether that one had said anything; suspects are acknowledged.
 
         Raises:
             PoisonRequest: This request is why; the registry says that all those workers have indeed ended.
         """
-        if worker in self.suspicion.deaths:
+        if worker in self.suspicion.deaths or (self._is_acknowledged and not was_heard):
             return
         is_culprit = self._suspects.culprit_at(worker) is self.suspicion
         if num_tokens >= _PAST_TOKENS:
             self.suspicion.deaths.clear()
         self.suspicion.deaths.add(worker)
+        self.suspicion.had_begun = num_tokens > 0
         if is_culprit and await self._suspects.are_dead(self.suspicion.deaths):
             names = ", ".join(sorted(worker_id for worker_id, _ in self.suspicion.deaths))
             raise PoisonRequest(
@@ -86,10 +105,12 @@ class Suspects:
 
     Args:
         view: Confirms deaths.
+        wait_s: How long a request waits for a worker of its own after a single death.
     """
 
-    def __init__(self, view: WorkersView) -> None:
+    def __init__(self, view: WorkersView, wait_s: float) -> None:
         self._view = view
+        self._wait_s = wait_s
         self._stays: set[Stay] = set()
         self._culprits: dict[WorkerKey, Suspicion | None] = {}
         self._change = asyncio.Event()
@@ -104,19 +125,28 @@ class Suspects:
     async def place(
         self, suspicion: Suspicion, find: Callable[[frozenset[WorkerKey]], Awaitable[Placement]]
     ) -> Placement:
-        """Find a place; for a request that several workers died of, perhaps, one without other suspects.
+        """Find a place; for a suspect, one without other suspects.
+
+        After several deaths it waits for that as long as it takes, after one that came before its first token a while,
+        and after any other not at all.
 
         Args:
             suspicion: Of the request.
             find: Gets workers to avoid, and returns a reserved place, on one of them if need be.
         """
-        while True:
-            occupied = self._occupied(suspicion) if len(suspicion.deaths) > 1 else frozenset()
-            placement = await find(occupied)
-            if len(suspicion.deaths) < 2 or not _workers(placement) & self._occupied(suspicion):
-                return placement
-            placement.end(is_completed=False)
-            await self._change.wait()
+        loop = asyncio.get_running_loop()
+        give_up_s = loop.time() + self._patience_s(suspicion)
+        timer = None if math.isinf(give_up_s) else loop.call_at(give_up_s, self.wake)
+        try:
+            while True:
+                placement = await find(self._to_avoid(suspicion))
+                if not _workers(placement) & self._to_avoid(suspicion) or loop.time() >= give_up_s:
+                    return placement
+                placement.end(is_completed=False)
+                await self._change.wait()
+        finally:
+            if timer is not None:
+                timer.cancel()
 
     def culprit_at(self, worker: WorkerKey) -> Suspicion | None:
         """The one of the suspects on a worker that has ended which has outlived most; None if there is no such one.
@@ -154,9 +184,17 @@ class Suspects:
         self._change.set()
         self._change = asyncio.Event()
 
-    def _occupied(self, suspicion: Suspicion) -> frozenset[WorkerKey]:
+    def _patience_s(self, suspicion: Suspicion) -> float:
+        if len(suspicion.deaths) > 1:
+            return math.inf
+        return self._wait_s if suspicion.is_grave else 0.0
+
+    def _to_avoid(self, suspicion: Suspicion) -> frozenset[WorkerKey]:
+        if not suspicion.deaths:
+            return frozenset()
         others = (stay for stay in self._stays if stay.suspicion is not suspicion and stay.is_watched)
-        return frozenset(worker for stay in others for worker in stay.workers)
+        near = (stay for stay in others if suspicion.is_grave or stay.suspicion.is_grave)
+        return frozenset(worker for stay in near for worker in stay.workers)
 
 
 def _workers(placement: Placement) -> frozenset[WorkerKey]:

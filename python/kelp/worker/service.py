@@ -148,6 +148,10 @@ class WorkerService:
             refusal = WorkerStuck if self._state is WorkerState.STUCK else WorkerDraining
             raise refusal(f"worker {self._identity.worker_id} is {self._state.value}")
         stream = RequestStream(channel, self._parts.clock)
+        if command.wants_receipt:
+            stream.keep_alive()
+            # The router has it before the engine has the request.
+            await asyncio.sleep(0)
         # A retried request may come back while its first attempt still winds down: ids are per attempt.
         request_id = f"{command.request_id}#{uuid.uuid4().hex[:8]}"
         request = self._request(command, request_id, prompt, stream)

@@ -364,7 +364,7 @@ def test_a_worker_whose_host_says_that_nobody_listens_any_more_is_lost_without_a
             scene.worker.writers[-1].transport.abort()
             assert not scene.client.has_gone(scene.worker.address)
             await until(lambda: scene.client.has_gone(scene.worker.address), "the worker to be known as gone")
-            with pytest.raises(WorkerLost, match="no longer listens"):
+            with pytest.raises(WorkerDied, match="no longer listens"):
                 WorkerRequest(scene.client, scene.worker.address, COMMAND, PROMPT)
             assert scene.triton.commands == []
 

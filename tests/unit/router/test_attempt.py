@@ -156,7 +156,7 @@ def test_a_workers_typed_error_passes_unchanged_and_names_the_worker(error: Exce
         with pytest.raises(type(error)) as raised:
             await running
         assert raised.value is error
-        assert trial.attempt.failed_worker == DECODE
+        assert trial.attempt.failure is not None and trial.attempt.failure.worker == DECODE
 
     play(story, PREFILL)
 
@@ -168,7 +168,7 @@ def test_a_failed_prefill_is_blamed_on_the_prefill_worker() -> None:
         prefill.fail(WorkerLost("gone"))
         with pytest.raises(WorkerLost):
             await running
-        assert trial.attempt.failed_worker == PREFILL
+        assert trial.attempt.failure is not None and trial.attempt.failure.worker == PREFILL
 
     play(story, PREFILL)
 

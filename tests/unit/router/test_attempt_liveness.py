@@ -121,6 +121,6 @@ def test_a_prefill_worker_that_stops_its_heartbeat_ends_the_attempt() -> None:
         trial.workers.dead.add("prefill")
         with pytest.raises(WorkerLost, match="host:1/prefill stopped its heartbeat"):
             await running
-        assert trial.attempt.failed_worker == PREFILL
+        assert trial.attempt.failure is not None and trial.attempt.failure.worker == PREFILL
 
     play(story, PREFILL)

@@ -150,6 +150,30 @@ def test_an_avoided_worker_is_better_than_none() -> None:
     assert names_at(desk(only), avoid=frozenset({key_of(only)})) == (None, "decode")
 
 
+def test_nobody_is_sent_to_a_worker_that_died_until_it_shows_itself_again() -> None:
+    d1 = record("d1").model_copy(update={"heartbeat_ns": 5})
+    workers = FakeWorkers(d1)
+    chosen = open_desk(workers)
+    # The record that the failed request was placed by may be older than the latest one.
+    chosen.placer.died(d1.model_copy(update={"heartbeat_ns": 3}))
+    with pytest.raises(CapacityError):
+        names_at(chosen)
+    workers.known = [d1.model_copy(update={"heartbeat_ns": 6})]
+    assert names_at(chosen) == (None, "d1")
+
+
+def test_the_successor_of_a_worker_that_died_serves_at_once() -> None:
+    d1 = record("d1")
+    workers = FakeWorkers(d1)
+    chosen = open_desk(workers)
+    chosen.placer.died(d1)
+    workers.known = [d1, d1.model_copy(update={"epoch": "another"})]
+    chosen.placer.update()
+    for number in range(3):
+        placement = run(place(chosen, str(number)))
+        assert placement.decode.epoch == "another"
+
+
 def test_a_pinned_worker_serves_whatever_the_load() -> None:
     chosen = desk(record("d1"), record("d2"))
     assert {names_at(chosen, name=str(number), pinned_worker="d2") for number in range(4)} == {(None, "d2")}

@@ -19,6 +19,8 @@ from support.virtual_time import run_in_virtual_time
 
 FLEET = tuple(record(name) for name in ("a", "b", "c", "d", "e"))
 A, B, C = map(key_of, FLEET[:3])
+WAIT_S = 2.0
+Find = Callable[[frozenset[WorkerKey]], Awaitable[Placement]]
 
 
 class Ward:
@@ -26,19 +28,21 @@ class Ward:
 
     def __init__(self) -> None:
         self.workers = FakeWorkers(*FLEET)
-        self.suspects = Suspects(self.workers)
+        self.suspects = Suspects(self.workers, WAIT_S)
 
     def place(self, name: str) -> Placement:
         (worker,) = [known for known in FLEET if known.model_name == name]
         return on_paper(Decision(RoutingRequest(4, ()), worker, None))
 
-    async def crash(self, name: str, *suspicions: Suspicion, num_tokens: int = 0) -> list[BaseException | None]:
+    async def crash(
+        self, name: str, *suspicions: Suspicion, num_tokens: int = 0, was_heard: bool = True
+    ) -> list[BaseException | None]:
         """Let the requests run on a worker, which then ends; what becomes of each."""
         placement = self.place(name)
         stays = [self.suspects.stay(suspicion, placement) for suspicion in suspicions]
         self.workers.dead.add(name)
         key = key_of(placement.decode)
-        ends = await asyncio.gather(*(stay.died(key, num_tokens) for stay in stays), return_exceptions=True)
+        ends = await asyncio.gather(*(stay.died(key, num_tokens, was_heard) for stay in stays), return_exceptions=True)
         for stay in stays:
             stay.end()
         return ends
@@ -107,7 +111,7 @@ def test_a_suspect_that_gets_past_the_point_is_none_any_more() -> None:
         stay.heard(1)
         assert suspicion.deaths == set()
         ward.workers.dead.add("b")
-        await stay.died(B, 8)
+        await stay.died(B, 8, was_heard=True)
         assert suspicion.deaths == {B}
 
     stage(scene)
@@ -127,7 +131,7 @@ def test_a_worker_that_the_registry_still_knows_has_not_died() -> None:
         cut_off = Suspicion()
         await ward.crash("a", cut_off)
         stay = ward.suspects.stay(cut_off, ward.place("b"))
-        await stay.died(B, 0)
+        await stay.died(B, 0, was_heard=True)
         assert cut_off.deaths == {A}
 
     stage(scene)
@@ -155,9 +159,79 @@ def test_a_suspect_of_two_deaths_waits_until_no_other_one_is_where_it_goes() -> 
     stage(scene)
 
 
+def test_a_suspect_that_a_dying_worker_never_acknowledged_is_not_judged_by_that_death() -> None:
+    async def scene(ward: Ward) -> None:
+        late = Suspicion()
+        assert await ward.crash("a", late, was_heard=False) == [None]
+        assert await ward.crash("b", late, was_heard=False) == [None]
+        assert late.deaths == {A}
+
+    stage(scene)
+
+
+def finder(ward: Ward, asked: list[frozenset[WorkerKey]], *names: str) -> Find:
+    """Finds the first of those workers that is not to be avoided, or the first one."""
+
+    async def find(avoided: frozenset[WorkerKey]) -> Placement:
+        asked.append(avoided)
+        places = [ward.place(name) for name in names]
+        return next((place for place in places if key_of(place.decode) not in avoided), places[0])
+
+    return find
+
+
+def test_a_suspect_without_a_token_waits_a_while_for_a_worker_of_its_own() -> None:
+    async def scene(ward: Ward) -> None:
+        silent, speaking = Suspicion(), Suspicion()
+        await ward.crash("a", silent)
+        await ward.crash("a", speaking, num_tokens=3)
+        find = finder(ward, [], "b")
+        ward.suspects.stay(speaking, await ward.suspects.place(speaking, find))
+        waiting = asyncio.ensure_future(ward.suspects.place(silent, find))
+        await asyncio.sleep(WAIT_S * 0.9)
+        assert not waiting.done()
+        await asyncio.sleep(WAIT_S * 0.2)
+        assert (await waiting).decode.model_name == "b"
+
+    stage(scene)
+
+
+def test_a_suspect_that_had_begun_keeps_clear_of_one_that_had_not_and_never_waits() -> None:
+    async def scene(ward: Ward) -> None:
+        silent, speaking, another = Suspicion(), Suspicion(), Suspicion()
+        await ward.crash("a", silent)
+        await ward.crash("a", speaking, another, num_tokens=3)
+        ward.suspects.stay(silent, await ward.suspects.place(silent, finder(ward, [], "b")))
+        asked: list[frozenset[WorkerKey]] = []
+        apart = await ward.suspects.place(speaking, finder(ward, asked, "b", "c"))
+        ward.suspects.stay(speaking, apart)
+        assert apart.decode.model_name == "c" and asked == [frozenset({B})]
+        beside = await ward.suspects.place(another, finder(ward, [], "c"))
+        assert beside.decode.model_name == "c"
+        crowded = asyncio.ensure_future(ward.suspects.place(another, finder(ward, [], "b")))
+        await asyncio.sleep(0)
+        assert crowded.done()
+
+    stage(scene)
+
+
+def test_a_request_that_is_no_suspect_goes_where_it_would() -> None:
+    async def scene(ward: Ward) -> None:
+        silent = Suspicion()
+        await ward.crash("a", silent)
+        ward.suspects.stay(silent, ward.place("b"))
+        asked: list[frozenset[WorkerKey]] = []
+        assert (await ward.suspects.place(Suspicion(), finder(ward, asked, "b"))).decode.model_name == "b"
+        assert asked == [frozenset()]
+
+    stage(scene)
+
+
 async def lose(rig: RouterRig, number: int, error: WorkerLost) -> str:
     """Fail a stream, and take its worker out of the registry if it died; the worker's name."""
     stream = await rig.workers.stream(number)
+    if stream.command.wants_receipt:
+        stream.say()
     if isinstance(error, WorkerDied):
         rig.workers.dead.add(stream.address.model_name)
     stream.fail(error)
@@ -173,6 +247,22 @@ def test_a_router_refuses_the_request_after_two_deaths_and_tries_no_third_worker
                 await request
             assert len(set(killed)) == len(rig.workers.streams) == 2
             assert rig.counters()["kelp_requests_total", (("outcome", "poison_request"),)] == 1
+
+    run(scene)
+
+
+def test_a_request_that_came_to_workers_that_had_just_ended_goes_on_to_one_that_lives() -> None:
+    async def scene() -> None:
+        async with open_router(*FLEET) as rig:
+            exchange, request = rig.ask()
+            for number in range(3):
+                stream = await rig.workers.stream(number)
+                assert stream.command.wants_receipt == (number > 0)
+                rig.workers.dead.add(stream.address.model_name)
+                stream.fail(WorkerDied("gone"))
+            (await rig.workers.stream(3)).finish(FinishReason.LENGTH, *tokens("ab"))
+            await request
+            assert exchange.text == "ab"
 
     run(scene)
 

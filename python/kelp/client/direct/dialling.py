@@ -13,7 +13,7 @@ from functools import partial
 from kelp.client.base import WorkerAddress
 from kelp.client.direct.connection import DirectConnection
 from kelp.client.direct.sockets import parse_endpoint
-from kelp.core.errors import KelpError, PeerRefused, WorkerLost
+from kelp.core.errors import KelpError, PeerRefused, WorkerDied
 from kelp.core.peer_auth import PeerToken
 
 _log = logging.getLogger(__name__)
@@ -42,13 +42,13 @@ class Dialling:
         """A connection on which requests may start; None while there is none.
 
         Raises:
-            WorkerLost: This incarnation has gone.
+            WorkerDied: This incarnation has gone.
         """
         connection = self._connections.get(address)
         if connection is not None:
             return connection
         if self.has_gone(address):
-            raise WorkerLost(f"worker {address.worker_id} no longer listens at {address.direct_endpoint}")
+            raise WorkerDied(f"worker {address.worker_id} no longer listens at {address.direct_endpoint}")
         if address not in self._tasks and address not in self._resting:
             self._dial(address)
         return None

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import grpc
 from tritonclient.grpc import service_pb2
 
-from kelp.core.errors import KelpError, WorkerLost, from_message
+from kelp.core.errors import KelpError, WorkerDied, WorkerLost, from_message
 
 RawTensors = Mapping[str, bytes]
 """Contents by output name, as Triton sends them."""
@@ -24,6 +25,7 @@ _IDLE_S = 1.0
 _CLOSE_TIMEOUT_S = 1.0
 _ASK_FOR_FINAL = "triton_enable_empty_final_response"
 _FINAL = "triton_final_response"
+_DEAD_STUB = re.compile(r"Stub process .* is not healthy")
 
 
 Take = Callable[[RawTensors | KelpError | None], None]
@@ -169,7 +171,9 @@ class SharedStream:
 
     def _typed(self, text: str) -> KelpError:
         typed = from_message(text)
-        return WorkerLost(f"{self._where}: {typed.text}") if type(typed) is WorkerLost else typed
+        if type(typed) is not WorkerLost:
+            return typed
+        return (WorkerDied if _DEAD_STUB.search(text) else WorkerLost)(f"{self._where}: {typed.text}")
 
 
 def _details(error: Any) -> str:
