@@ -2,7 +2,8 @@
 # Creates .venv and everything `kelp serve` needs in it. Called by make; safe to repeat: finished steps cost nothing.
 #
 #   scripts/setup.sh           runtime: torch, kelp, Triton, NIXL, then Triton's layout and the model
-#   scripts/setup.sh test      the same, then the test and development tools, without the model
+#   scripts/setup.sh test      the same, then the test and development tools, without the model; Debian's etcd and
+#                              faketime for tests where there is apt
 #   scripts/setup.sh missing   prints the Debian packages that the chosen interpreter lacks, and does nothing
 #
 # Variables: PYTHON (interpreter), TORCH_INDEX (package index for torch), VENV_FLAGS (for `python -m venv`),
@@ -128,6 +129,32 @@ install_test_tools() {
     pip_install --no-build-isolation --editable '.[test,dev]' ${1:-}
 }
 
+# Debian's etcd and faketime, unpacked beside the environment: nothing is installed, and no daemon is started.
+unpack_test_servers() {
+    local folder=$STAMPS/debian packages="" package
+    { command -v etcd || [ -x "$folder/usr/bin/etcd" ]; } >/dev/null || packages="etcd-server"
+    compgen -G "/usr/lib/*/faketime/libfaketimeMT.so.1" >/dev/null ||
+        compgen -G "$folder/usr/lib/*/faketime/libfaketimeMT.so.1" >/dev/null || packages="$packages libfaketime"
+    [ -n "$packages" ] || return 0
+    mkdir -p "$folder"
+    # shellcheck disable=SC2086
+    if ! { fetch_packages "$folder" $packages ||
+        { [ "$(id -u)" = 0 ] && apt-get -qq update && fetch_packages "$folder" $packages; }; } 2>/dev/null; then
+        say "no Debian packages to be had: tests that need${packages:+ $packages} will be skipped"
+        return 0
+    fi
+    for package in "$folder"/*.deb; do
+        dpkg -x "$package" "$folder"
+        rm "$package"
+    done
+}
+
+fetch_packages() {
+    local folder=$1
+    shift
+    command -v apt-get dpkg >/dev/null && (cd "$folder" && apt-get -qq -o APT::Sandbox::User=root download "$@")
+}
+
 main() {
     local wheel="" project python
     if [ "${1:-}" = missing ]; then
@@ -145,6 +172,7 @@ main() {
     step nixl "$NIXL_VERSION" install_nixl
     if [ "${1:-}" = test ]; then
         step tests "$project $wheel" install_test_tools "$wheel"
+        unpack_test_servers
     fi
     "$PY" -m kelp.supervisor.triton . >"$STAMPS/triton.log" || exit 1
     [ "${1:-}" = test ] || "$PY" -m kelp.supervisor.model ${MODEL:+"$MODEL"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import threading
 from typing import Any
@@ -42,7 +43,8 @@ class MetricsExporter:
             self._flush()
         except pb_utils.TritonModelException as error:
             _log.warning("metrics are no longer exported: %s", error)
-        # A Metric that lives until the interpreter ends calls a stub that is gone by then, and crashes.
+        for kept in (*self._families.values(), *self._series.values()):
+            _make_immortal(kept)
         self._series.clear()
         self._families.clear()
         while not self._stopping.wait(self._period_s):
@@ -86,3 +88,13 @@ class MetricsExporter:
                 kind=getattr(pb_utils.MetricFamily, _KINDS[family.kind]),
             )
         return self._families[family.name]
+
+
+def _make_immortal(value: object) -> None:
+    """Keep something from ever being destructed, at the interpreter's end neither.
+
+    Triton (2.51) counts the users of a series for each MetricFamily object, not for each name: a Metric that goes with
+    its model frees the series of another model, or of the same one's next incarnation, that has its name and labels,
+    and the server's heap is broken. One that is left to the interpreter's end calls a stub that is gone by then.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))

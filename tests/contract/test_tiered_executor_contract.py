@@ -114,6 +114,39 @@ def test_kept_blocks_stay_as_they_are_until_released(build):
     assert client.num_unheld_blocks() == NUM_BLOCKS
 
 
+def test_a_sequence_that_grows_takes_kept_blocks_rather_than_be_preempted(build):
+    client, evicted = Client(build()), []
+    watch = Watch(client)
+    client.executor.watch_seals(watch, None, evicted.extend)
+    client.submit(PROMPT, max_tokens=1).end()
+    watch.wait_kept(3)
+    longest = NUM_BLOCKS * BLOCK_SIZE - len(OTHER)
+    assert client.submit(OTHER, max_tokens=longest).finish_reason() is FinishReason.LENGTH
+    assert client.executor.load().num_preemptions == 0
+    assert set(NAMES) <= set(evicted)
+    client.settle()
+    watch.release()
+    client.settle()
+    assert client.num_unheld_blocks() == NUM_BLOCKS
+
+
+def test_new_requests_leave_an_eighth_of_the_pool_to_what_is_kept(build):
+    client, evicted = Client(build()), []
+    watch = Watch(client)
+    client.executor.watch_seals(watch, None, evicted.extend)
+    long_prompt = [*PROMPT, *PROMPT[::-1]]
+    client.submit(long_prompt, max_tokens=1).end()
+    watch.wait_kept(len(long_prompt) // BLOCK_SIZE)
+    names = sequence_hashes(long_prompt, BLOCK_SIZE, seed_hash("contract"))
+    size = (NUM_BLOCKS - NUM_BLOCKS // 8) * BLOCK_SIZE - 1
+    client.submit([1] * size, max_tokens=1).end()
+    assert set(names) - set(evicted) == set(names[: NUM_BLOCKS // 8])
+    watch.room = 0
+    watch.release()
+    flood(client)
+    assert client.num_unheld_blocks() == NUM_BLOCKS
+
+
 def test_what_the_watch_did_not_keep_is_told_again_when_it_has_room(build):
     client, watch = watched(build, room=1)
     client.submit(PROMPT, max_tokens=1).end()

@@ -14,8 +14,9 @@ from hf_reference import Expected
 from prompts import long_text
 
 from kelp.core.errors import WorkerLost
+from kelp.core.hashing import seed_hash, sequence_hashes
 from s3_server import REGION, S3Server
-from support.kv_stats import KvStats, stats_of, wait_nothing_held, wait_stats
+from support.kv_stats import KvStats, num_in_memory, stats_of, wait_nothing_held, wait_stats
 from support.llm_client import Answer
 from support.serving import KelpServer
 from support.waiting import wait_until
@@ -135,6 +136,22 @@ class KvHost:
         """Ask for the first blocks of the reference's prompt; returns how many were not computed."""
         answer = self.ask(reference.prompt_ids[: num_blocks * BLOCK_TOKENS + 1], 1)
         return answer.last.number("cached_tokens") // BLOCK_TOKENS
+
+    def have_stored(self, reference: Expected, num_blocks: int) -> None:
+        """Wait until the prompt's first blocks are in memory; what did not arrive there is computed again.
+
+        A worker offers blocks for as long as it has them; a pool of few blocks, on busy cores, may evict some before.
+        """
+        (model_id,) = {record.layout.model_id for record in self.server.records().values()}
+        tokens = reference.prompt_ids[: num_blocks * BLOCK_TOKENS]
+        names = sequence_hashes(tokens, BLOCK_TOKENS, seed_hash(model_id))
+        for _ in range(3):
+            with contextlib.suppress(AssertionError):
+                wait_until(lambda: num_in_memory(self.server, names) == num_blocks, "blocks in memory", 20.0)
+                return
+            self.flood_pool()
+            self.have_computed(reference, num_blocks)
+        raise AssertionError(f"{num_in_memory(self.server, names)} of {num_blocks} blocks are in memory")
 
     def ask(self, prompt_ids: Sequence[int], max_tokens: int, **fields: object) -> Answer:
         """One greedy request."""

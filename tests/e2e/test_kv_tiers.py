@@ -70,7 +70,9 @@ def sites(
 def computed(sites: Sites, expected: dict[str, Expected]) -> Sites:
     """The first host has computed and stored what the tests are about."""
     assert sites.first.check(expected[PROMPT]) == 0
+    sites.first.have_stored(expected[PROMPT], reusable_blocks(expected[PROMPT]))
     assert sites.first.have_computed(expected[MIXED], NUM_STORED) == 0
+    sites.first.have_stored(expected[MIXED], NUM_STORED)
     num_blocks = reusable_blocks(expected[PROMPT]) + NUM_STORED
     wait_stats(sites.first.server, "all in memory and on disk", resident_host=num_blocks, resident_disk=num_blocks)
     num_grouped = reusable_blocks(expected[PROMPT]) // GROUP_BLOCKS * GROUP_BLOCKS + NUM_STORED
@@ -99,8 +101,9 @@ def elsewhere(computed: Sites) -> KvHost:
 def test_an_evicted_prompt_comes_back_from_the_host_tier(computed: Sites, expected: dict[str, Expected]) -> None:
     host, num_blocks = computed.first, reusable_blocks(expected[PROMPT])
     host.flood_pool()
+    before = wait_nothing_held(host.server)
     assert host.check(expected[PROMPT]) == num_blocks
-    assert wait_nothing_held(host.server).hits("host") >= num_blocks - 2
+    assert wait_nothing_held(host.server).hits("host") - before.hits("host") >= num_blocks - 2
     assert host.check(expected[PROMPT], cache_salt="somebody else") == 0
     host.server.wait_quiet()
 

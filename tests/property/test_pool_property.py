@@ -22,16 +22,21 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool = BlockPool(NUM_BLOCKS)
         self.holders: list[list[BlockId]] = []
         self.sealed: dict[SequenceHash, BlockId] = {}
-        self.pinned: set[BlockId] = set()
+        self.pinned: dict[BlockId, bool] = {}
 
     @precondition(lambda self: self.pool.num_available > 0)
     @rule(data=st.data())
     def allocate(self, data: st.DataObject) -> None:
         held = {block_id for holder in self.holders for block_id in holder}
+        order = [self.sealed[key] for key in self.pool.next_evicted(NUM_BLOCKS)]
+        victims = [block_id for block_id in order if block_id not in self.pinned]
+        victims += [block_id for block_id in order if self.pinned.get(block_id) is False]
+        num_free = self.pool.num_free
         blocks = self.pool.allocate(data.draw(st.integers(1, self.pool.num_available)))
         assert not held & set(blocks), "a held block was handed out"
-        assert not self.pinned & set(blocks), "a pinned block was handed out"
+        assert blocks[num_free:] == victims[: max(0, len(blocks) - num_free)], "another one was next"
         assert len(set(blocks)) == len(blocks)
+        self.pinned = {key: value for key, value in self.pinned.items() if key not in blocks}
         self.sealed = {key: value for key, value in self.sealed.items() if value not in blocks}
         self.holders.append(blocks)
 
@@ -68,12 +73,12 @@ class PoolMachine(RuleBasedStateMachine):
         if expected:
             self.holders.append(expected)
 
-    @rule(data=st.data())
-    def pin(self, data: st.DataObject) -> None:
-        unpinned = sorted(set(self.sealed.values()) - self.pinned)
+    @rule(data=st.data(), is_firm=st.booleans())
+    def pin(self, data: st.DataObject, is_firm: bool) -> None:
+        unpinned = sorted(set(self.sealed.values()) - self.pinned.keys())
         chosen = data.draw(st.lists(st.sampled_from(unpinned), unique=True)) if unpinned else []
-        self.pool.pin(chosen)
-        self.pinned.update(chosen)
+        self.pool.pin(chosen, is_firm)
+        self.pinned.update(dict.fromkeys(chosen, is_firm))
 
     @precondition(lambda self: self.pinned)
     @rule(data=st.data())
@@ -81,8 +86,14 @@ class PoolMachine(RuleBasedStateMachine):
         chosen = data.draw(st.lists(st.sampled_from(sorted(self.pinned)), unique=True))
         before = self.pool.next_evicted(NUM_BLOCKS)
         self.pool.unpin(chosen)
-        self.pinned.difference_update(chosen)
+        for block_id in chosen:
+            del self.pinned[block_id]
         assert self.pool.next_evicted(NUM_BLOCKS) == before, "a pin changes no order"
+
+    @rule()
+    def loosen_pins(self) -> None:
+        self.pool.loosen_pins()
+        self.pinned = dict.fromkeys(self.pinned, False)
 
     @invariant()
     def counts_agree(self) -> None:
@@ -94,7 +105,9 @@ class PoolMachine(RuleBasedStateMachine):
         unheld = [block_id for block_id in self.sealed.values() if not references[block_id]]
         assert self.pool.num_cached == len(unheld)
         assert self.pool.num_pinned == len(self.pinned)
-        assert self.pool.num_available == NUM_BLOCKS - len(references) - len(set(unheld) & self.pinned)
+        assert self.pool.num_available == NUM_BLOCKS - len(references) - sum(
+            self.pinned.get(block_id, False) for block_id in unheld
+        )
         assert self.pool.count_known([name(index) for index in range(10)]) == next(
             (index for index in range(10) if name(index) not in self.sealed), 10
         )

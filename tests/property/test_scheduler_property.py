@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kelp.core.clock import FakeClock
 from kelp.core.hashing import seed_hash
 from kelp.core.messages import SamplingParams
-from kelp.core.types import BlockId, FinishReason, Role, num_blocks_for
+from kelp.core.types import BlockId, FinishReason, Role, SequenceHash, num_blocks_for
 from kelp.executor.base import (
     Admitted,
     Completed,
@@ -88,6 +88,7 @@ class EngineMachine(RuleBasedStateMachine):
         num_drafts=st.sampled_from([0, 3]),
         max_in_flight=st.sampled_from([2, 1]),
         is_watched=st.booleans(),
+        are_evictions_told=st.booleans(),
         watermark=st.sampled_from([None, 0.5]),
     )
     def start(
@@ -97,6 +98,7 @@ class EngineMachine(RuleBasedStateMachine):
         num_drafts: int,
         max_in_flight: int,
         is_watched: bool,
+        are_evictions_told: bool,
         watermark: float | None,
     ) -> None:
         self.runner = HistoryRunner(num_blocks, limits.max_step_tokens)
@@ -113,9 +115,10 @@ class EngineMachine(RuleBasedStateMachine):
         self.clock = FakeClock()
         self.engine = Engine(self.runner, self.pool, rules, self.clock, self.retired.add, MostlyRight())
         self.kept: dict[BlockId, list[int]] = {}
+        self.names: dict[BlockId, SequenceHash] = {}
         self.room = 0
         if is_watched:
-            self.engine.offers.watch(self.keep, watermark)
+            self.engine.offers.watch(self.keep, watermark, self.note_evicted if are_evictions_told else None)
 
     def keep(self, blocks: Sequence[SealedBlock]) -> int:
         taken = blocks[: max(0, self.room - len(self.kept))]
@@ -123,7 +126,13 @@ class EngineMachine(RuleBasedStateMachine):
         for block in taken:
             assert block.block_id not in self.kept, "a block is kept twice"
             self.kept[block.block_id] = self.runner.memory[block.block_id].tolist()
+            self.names[block.block_id] = block.sequence_hash
         return len(taken)
+
+    def note_evicted(self, names: Sequence[SequenceHash]) -> None:
+        for name in names:
+            self.kept_blocks_stay_as_they_are()
+            self.kept = {key: value for key, value in self.kept.items() if self.names[key] != name}
 
     @rule(room=st.integers(0, 3))
     def change_room(self, room: int) -> None:

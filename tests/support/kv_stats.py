@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kelp.client.base import WorkerAddress
 from kelp.client.grpc.kv_manager import GrpcKvManagerClient
 from kelp.core.errors import KelpError
-from kelp.core.kv_manager_messages import GetStats, Stats
+from kelp.core.kv_manager_messages import Done, GetStats, Operation, Pin, Result, Stats
+from kelp.core.peer_auth import PeerToken
+from kelp.core.types import SequenceHash
 from kelp.registry.directory import KvManagerDirectory
 from support.serving import KelpServer
 from support.waiting import wait_until
@@ -77,16 +80,9 @@ def stats_at(address: WorkerAddress, timeout_s: float = 5.0) -> KvStats:
         KelpError: It does not answer.
     """
 
-    async def ask() -> KvStats:
-        client = GrpcKvManagerClient()
-        try:
-            (result,) = await client.call(address, [GetStats()], timeout_s)
-        finally:
-            await client.close()
-        assert isinstance(result, Stats)
-        return KvStats(dict(result.values))
-
-    return asyncio.run(ask())
+    result = _ask(address, GetStats(), timeout_s)
+    assert isinstance(result, Stats)
+    return KvStats(dict(result.values))
 
 
 def stats_of(server: KelpServer) -> KvStats | None:
@@ -97,6 +93,20 @@ def stats_of(server: KelpServer) -> KvStats | None:
         except KelpError:
             return None
     return None
+
+
+def num_in_memory(server: KelpServer, names: Sequence[SequenceHash]) -> int:
+    """How many of these blocks are in a server's host tier; 0 while it has no manager that answers them."""
+    for record in KvManagerDirectory(server.registry_folder, _EXPIRY_S).snapshot():
+        try:
+            # To unpin what is not pinned changes nothing, and says what is there.
+            address = WorkerAddress(record.endpoint, record.model_name, epoch=record.epoch)
+            result = _ask(address, Pin(tuple(names), 0.0), token=server.peer_token)
+        except KelpError:
+            return 0
+        assert isinstance(result, Done), result
+        return result.num_blocks
+    return 0
 
 
 def wait_stats(server: KelpServer, what: str, **least: float) -> KvStats:
@@ -128,6 +138,20 @@ def wait_nothing_held(place: KelpServer | WorkerAddress) -> KvStats:
     except AssertionError:
         raise AssertionError(f"held: {seen[0].held()}") from None
     return seen[0]
+
+
+def _ask(
+    address: WorkerAddress, operation: Operation, timeout_s: float = 5.0, token: PeerToken | None = None
+) -> Result:
+    async def ask() -> Result:
+        client = GrpcKvManagerClient(token)
+        try:
+            (result,) = await client.call(address, [operation], timeout_s)
+        finally:
+            await client.close()
+        return result
+
+    return asyncio.run(ask())
 
 
 def _value(stats: KvStats, name: str) -> int:

@@ -33,8 +33,8 @@ from kelp.kv.tiers.keys import load_key, open_sealer
 from kelp.kv.tiers.objects.messages import ArenaMap
 from kelp.kv.tiers.objects.tier import S3ObjectTier
 from kelp.kv.tiers.records import space_digest
+from kelp.registry.access import open_registry
 from kelp.registry.base import KvManagerRecord
-from kelp.registry.directory import KvManagerDirectory
 from kelp.registry.presence import Presence
 from kelp.transport import open_agent
 
@@ -52,13 +52,13 @@ class KvManagerAssembly:
         self._model_name = model_name
         self._token = token_of_server(config.peers, "KV block manager")
         self._manager = build_kv_manager(config, f"{endpoint}/{model_name}", metrics, self._token)
-        directory = KvManagerDirectory(config.registry.path, config.registry.expiry_s, token=self._token)
-        directory.sweep()
+        registry = open_registry(config.registry, self._token).kv_managers
+        registry.sweep()
 
         def remove(record: KvManagerRecord) -> None:
-            directory.withdraw(record.manager_id, record.epoch)
+            registry.withdraw(record.manager_id, record.epoch)
 
-        self._presence = Presence(directory.publish, remove, self._record, config.registry.heartbeat_s)
+        self._presence = Presence(registry.publish, remove, self._record, config.registry.heartbeat_s)
         self._publishing: asyncio.Task[None] | None = None
 
     async def start(self) -> None:

@@ -13,14 +13,16 @@ from kelp.core.cancel_watch import CancelWatch
 from kelp.core.clock import SystemClock
 from kelp.core.config import KelpConfig
 from kelp.core.metrics import Metrics
+from kelp.core.model_identity import text_identity
 from kelp.core.outbox import Outbox
 from kelp.core.peer_auth import PeerToken, token_of_server
-from kelp.registry.directory import DirectoryRegistry, KvManagerDirectory, RouterDirectory
+from kelp.registry.access import open_registry
 from kelp.registry.view import RecordsView, RegistryView
 from kelp.router.attempt import AttemptParts, Patience
 from kelp.router.relay import RelayItem
 from kelp.router.service import Preprocess, RouterParts, RouterService, StreamCloser
 from kelp.router.stack import Registries, RoutingStack
+from kelp.router.versions import Versions
 from kelp.text.detokenizer import Detokenizer, new_detokenizer
 from kelp.text.stop_words import StopWords
 from kelp.text.tokenizer import Tokenizer
@@ -55,13 +57,14 @@ class RouterAssembly:
 
     def __init__(self, config: KelpConfig, router_id: str, preprocess: Preprocess, metrics: Metrics) -> None:
         clock, token = SystemClock(), token_of_server(config.peers, "router")
-        folder, expiry_s = config.registry.path, config.registry.expiry_s
-        routers = RouterDirectory(folder, expiry_s, token=token)
-        routers.sweep()
+        registry = open_registry(config.registry, token)
+        registry.routers.sweep()
         refresh_s = config.registry.heartbeat_s / _VIEW_REFRESHES_PER_HEARTBEAT
-        view = RegistryView(DirectoryRegistry(folder, expiry_s, token=token), refresh_s)
-        managers = RecordsView(KvManagerDirectory(folder, expiry_s, token=token).snapshot, refresh_s)
-        self._stack = RoutingStack(config, router_id, Registries(view, managers, routers), clock, metrics, token)
+        view = RegistryView(registry.workers, refresh_s)
+        managers = RecordsView(registry.kv_managers.snapshot, refresh_s)
+        traffic = RecordsView(registry.traffic.snapshot, refresh_s)
+        registries = Registries(view, managers, registry.routers, traffic)
+        self._stack = RoutingStack(config, router_id, registries, clock, metrics, token)
         self._client = build_client(config, token)
         self._closer = StreamCloser()
         self._outbox: Outbox[RelayItem] = Outbox("kelp-relay")
@@ -71,6 +74,9 @@ class RouterAssembly:
             preprocess=preprocess,
             text=ModelText(config.model.path),
             placer=self._stack.placer,
+            versions=Versions(
+                text_identity(config.model.path), view.records, lambda: next(iter(traffic.records()), None), metrics
+            ),
             attempts=attempts,
             cancel_watch=self._cancel_watch,
             outbox=self._outbox,

@@ -12,8 +12,8 @@ from kelp.core.errors import NotFound
 from kelp.core.metrics import Metrics
 from kelp.core.peer_auth import token_of_server
 from kelp.core.types import Tier
+from kelp.registry.access import open_registry
 from kelp.registry.base import KvManagerRecord
-from kelp.registry.directory import DirectoryRegistry, KvManagerDirectory, RouterDirectory
 from kelp.registry.memory import JoinedRecords, JoinedRegistry, MemoryRecords, MemoryRegistry
 from kelp.registry.view import RecordsView, RegistryView
 from kelp.router.api.exposition import Exposition
@@ -37,16 +37,15 @@ def build_router_server(config: KelpConfig, name: str) -> RouterServer:
         name: Tells this router from others of the same workers on this host.
     """
     clock, metrics, token = SystemClock(), Metrics(), token_of_server(config.peers, "router")
-    folder, expiry_s = config.registry.path, config.registry.expiry_s
+    registry, expiry_s = open_registry(config.registry, token), config.registry.expiry_s
     registered = MemoryRegistry(expiry_s, clock)
     registered_managers: MemoryRecords[KvManagerRecord] = MemoryRecords(expiry_s, clock)
-    routers = RouterDirectory(folder, expiry_s, token=token)
-    routers.sweep()
+    registry.routers.sweep()
     refresh_s = config.registry.heartbeat_s / _VIEW_REFRESHES_PER_HEARTBEAT
-    view = RegistryView(JoinedRegistry(registered, DirectoryRegistry(folder, expiry_s, token=token)), refresh_s)
-    all_managers = JoinedRecords(registered_managers, KvManagerDirectory(folder, expiry_s, token=token))
+    view = RegistryView(JoinedRegistry(registered, registry.workers), refresh_s)
+    all_managers = JoinedRecords(registered_managers, registry.kv_managers)
     managers = RecordsView(all_managers.snapshot, refresh_s)
-    registries = Registries(view, managers, routers)
+    registries = Registries(view, managers, registry.routers)
     stack = RoutingStack(config, f"{socket.gethostname()}/{name}", registries, clock, metrics, token)
     routing = config.routing
     reservations = Reservations(stack.ledger, clock, routing.reservation_ttl_s, routing.lease_ttl_s)

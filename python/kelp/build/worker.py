@@ -8,13 +8,13 @@ from dataclasses import replace
 from kelp.core.clock import SystemClock
 from kelp.core.config import KelpConfig
 from kelp.core.metrics import Metrics
-from kelp.core.peer_auth import PeerToken, token_of_server
+from kelp.core.model_identity import text_identity
+from kelp.core.peer_auth import token_of_server
 from kelp.executor.base import TieredExecutor
 from kelp.kv.events import EventPublisher
 from kelp.kv.handoff import HandoffReader, HandoffServer
-from kelp.registry.directory import DirectoryRegistry, KvManagerDirectory
+from kelp.registry.access import RegistryAccess, open_registry
 from kelp.transport import open_agent
-from kelp.transport.base import Agent
 from kelp.transport.layout import describe_pool, pool_region
 from kelp.worker.parts import WorkerIdentity, WorkerParts
 from kelp.worker.service import WorkerService
@@ -37,6 +37,7 @@ def build_executor(config: KelpConfig) -> TieredExecutor:
 
 def build_worker(identity: WorkerIdentity, config: KelpConfig, metrics: Metrics) -> WorkerService:
     """One worker; blocks while the model loads."""
+    identity = replace(identity, text_id=text_identity(config.model.path))
     executor = build_executor(config)
     layout, memory = executor.layout, executor.pool_memory
     agent = open_agent(config.handoff.transport, identity.worker_id)
@@ -44,24 +45,24 @@ def build_worker(identity: WorkerIdentity, config: KelpConfig, metrics: Metrics)
     agent.register(region, memory.owner)
     description = describe_pool(agent, layout, region, identity.worker_id, identity.epoch)
     clock, token = SystemClock(), token_of_server(config.peers, "worker")
-    registry = DirectoryRegistry(config.registry.path, config.registry.expiry_s, token=token)
-    registry.sweep()
+    registry = open_registry(config.registry, token)
+    registry.workers.sweep()
     events = None
     if config.events.enabled:
         events = EventPublisher(identity.epoch, layout.block_size, config.events, clock, token)
-    has_tiers = config.kv_manager.enabled or config.offload.use_other_hosts
     parts = WorkerParts(
         executor=executor,
         handoffs=HandoffServer(description, config.handoff, clock, token=token),
         reader=HandoffReader(agent, layout, config.handoff, clock, token),
         agent=agent,
-        registry=registry,
+        registry=registry.workers,
         clock=clock,
         metrics=metrics,
         events=events,
-        tiers=_tiers(identity, config, executor, agent, metrics, token) if has_tiers else None,
         token=token,
     )
+    if config.kv_manager.enabled or config.offload.use_other_hosts:
+        parts = replace(parts, tiers=_tiers(identity, config, executor, parts, registry))
     return WorkerService(identity, parts, config)
 
 
@@ -69,22 +70,21 @@ def _tiers(
     identity: WorkerIdentity,
     config: KelpConfig,
     executor: TieredExecutor,
-    agent: Agent,
-    metrics: Metrics,
-    token: PeerToken | None,
+    parts: WorkerParts,
+    registry: RegistryAccess,
 ) -> WorkerTiers:
     # Here, because a worker without lower tiers need not pay for it: tritonclient takes a while to import.
     from kelp.client.grpc.kv_manager import GrpcKvManagerClient
 
-    parts = TierParts(
+    tiers = TierParts(
         key=(identity.worker_id, identity.epoch),
         name=identity.model_name,
         executor=executor,
-        agent=agent,
-        client=GrpcKvManagerClient(token),
-        managers=KvManagerDirectory(config.registry.path, config.registry.expiry_s, token=token).snapshot,
-        clock=SystemClock(),
-        metrics=metrics,
+        agent=parts.agent,
+        client=GrpcKvManagerClient(parts.token),
+        managers=registry.kv_managers.snapshot,
+        clock=parts.clock,
+        metrics=parts.metrics,
         config=config,
     )
-    return WorkerTiers(parts)
+    return WorkerTiers(tiers)

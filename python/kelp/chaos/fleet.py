@@ -21,6 +21,9 @@ from types import TracebackType
 import psutil
 
 from kelp.chaos.fleet_spec import HOST, FleetSpec
+from kelp.chaos.leaks import SHARED_MEMORY
+from kelp.chaos.room import Room, make_room
+from kelp.chaos.store_relay import StoreRelay
 from kelp.client.base import WorkerAddress
 from kelp.client.grpc import GrpcWorkerClient
 from kelp.core.config import CONFIG_ENV, load_config
@@ -54,6 +57,11 @@ class ServedFleet:
 
     Args:
         folder: Empty; everything that the fleet writes outside of shared memory lands below it.
+
+    Attributes:
+        room: Its own /dev/shm and disk while it runs, where the machine lets us make them,
+        no_room: and why not, elsewhere.
+        store_relay: On the way to its object store, if it has one.
     """
 
     def __init__(self, spec: FleetSpec, folder: Path) -> None:
@@ -62,6 +70,9 @@ class ServedFleet:
         self.temporary = folder / "tmp"
         self.disk = folder / "disk"
         self.http_port, self.grpc_port, self.metrics_port = (pick_free(HOST) for _ in range(3))
+        self.room: Room | None = None
+        self.no_room = ""
+        self.store_relay: StoreRelay | None = None
         self._log = folder / "kelp-serve.log"
         self._process: subprocess.Popen[bytes] | None = None
         self._known: dict[str, WorkerRecord] = {}
@@ -72,6 +83,9 @@ class ServedFleet:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
         self.stop()
+        if self.room is not None:
+            self.room.close()
+            self.room = None
 
     @property
     def endpoint(self) -> str:
@@ -95,12 +109,11 @@ class ServedFleet:
             ConfigError: It did not come up; quotes its last words.
         """
         self.temporary.mkdir(parents=True)
-        ports = ("--http-port", self.http_port, "--grpc-port", self.grpc_port, "--metrics-port", self.metrics_port)
-        command = [
-            *(sys.executable, "-c", _END_WITH_PARENT, str(Path(sys.executable).with_name("kelp"))),
-            *("serve", *self.spec.arguments(), *map(str, ports)),
-            *("--set", f"disk_tier.path={self.disk}"),
-        ]
+        self.room, self.no_room = make_room(self.folder, self.disk)
+        if self.spec.store is not None:
+            self.store_relay = StoreRelay(self.spec.store.host, self.spec.store.port, pick_free(HOST))
+            self.store_relay.start()
+        command = self._command()
         with self._log.open("wb") as output:
             self._process = subprocess.Popen(
                 command,
@@ -112,12 +125,38 @@ class ServedFleet:
             )
         try:
             self._wait_ready()
+            if self.room is not None:
+                self.room.enter(self._process.pid)
         except BaseException:
             self.stop()
             raise
 
+    def seen(self, path: Path) -> Path:
+        """How a path of the fleet's is reached from here, while it runs."""
+        return path if self.room is None else self.room.view(path)
+
+    @property
+    def memory(self) -> Path:
+        """How its /dev/shm is reached from here, also once it has been stopped."""
+        return SHARED_MEMORY if self.room is None else self.room.memory
+
+    def _command(self) -> list[str]:
+        ports = ("--http-port", self.http_port, "--grpc-port", self.grpc_port, "--metrics-port", self.metrics_port)
+        settings = {"disk_tier.path": str(self.disk)}
+        if self.spec.store is not None and self.store_relay is not None:
+            settings |= self.spec.store.settings(self.store_relay.endpoint)
+        serve = [
+            *(str(Path(sys.executable).with_name("kelp")), "serve", *self.spec.arguments(), *map(str, ports)),
+            *(part for name, value in settings.items() for part in ("--set", f"{name}={value}")),
+        ]
+        inside = serve if self.room is None else self.room.around(serve)
+        return [sys.executable, "-c", _END_WITH_PARENT, str(shutil.which(inside[0])), *inside[1:]]
+
     def stop(self) -> int | None:
         """SIGTERM, SIGKILL if that does not help; the exit code, None after SIGKILL."""
+        if self.store_relay is not None:
+            self.store_relay.close()
+            self.store_relay = None
         if self._process is None:
             return 0
         code: int | None = None

@@ -13,7 +13,7 @@ HOST = "127.0.0.1"
 
 
 def quick_settings(engine: str) -> dict[str, str]:
-    """Configuration that shows much in a short time: small steps, small tiers, quick expiry, some lost KV events."""
+    """Configuration that shows much in a short time: small steps and tiers, quick expiry, KV events lost, doubled, late."""
     settings = {
         "executor.num_blocks": "1024",
         "executor.max_running": "16",
@@ -25,9 +25,32 @@ def quick_settings(engine: str) -> dict[str, str]:
         "kv_manager.host_bytes": str(64 * 1024**2),
         "disk_tier.max_bytes": str(128 * 1024**2),
         "events.drop_share": "0.02",
+        "events.duplicate_share": "0.02",
+        "events.reorder_share": "0.02",
+        "watchdog.step_timeout_s": "4",
     }
     by_engine = {"mock": {"mock.timing.step_s": "0.02"}, "torch": {"executor.dtype": "float32"}}
     return {**settings, **by_engine.get(engine, {})}
+
+
+@dataclass(frozen=True, slots=True)
+class StoreSpec:
+    """An S3-compatible object store that runs already; its credentials come from the environment."""
+
+    host: str
+    port: int
+    bucket: str
+
+    def settings(self, endpoint: str) -> dict[str, str]:
+        """Configuration of a fleet that reaches it at another endpoint."""
+        return {
+            "object_tier.endpoint": endpoint,
+            "object_tier.bucket": self.bucket,
+            "object_tier.object_bytes": str(256 * 1024),
+            "object_tier.timeout_s": "1",
+            "object_tier.retry_after_s": "1",
+            "object_tier.refresh_s": "5",
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +59,7 @@ class FleetSpec:
 
     Attributes:
         settings: Further configuration fields.
+        store: Of the fleet's KV, with a relay in between that breaks it.
     """
 
     layout: Layout
@@ -45,6 +69,7 @@ class FleetSpec:
     num_routers: int = 1
     model: Path | None = None
     settings: dict[str, str] = field(default_factory=dict)
+    store: StoreSpec | None = None
 
     @property
     def prefill_workers(self) -> tuple[str, ...]:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-import shutil
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 
+from kelp.chaos.done import Done, Victimless
 from kelp.chaos.faults import Fault, FaultKind, Layout, Phase
 from kelp.chaos.fleet import ServedFleet
 from kelp.chaos.load import Load
 from kelp.chaos.questions import Questions
+from kelp.chaos.storage_faults import StorageFaults
+from kelp.chaos.thread_stop import find_thread, stop_thread
 from kelp.client.base import WorkerAddress
 from kelp.client.grpc import GrpcWorkerClient, TritonControl
 from kelp.core.errors import KelpError
@@ -24,6 +24,7 @@ from kelp.core.messages import DrainCommand, WorkerStatus
 from kelp.core.schema import KV_BLOCK_MANAGER, LLM
 from kelp.core.schema_types import RESTART_PARAMETER
 from kelp.core.types import WorkerState
+from kelp.executor.batching.executor import ENGINE_THREAD
 
 _PHASE_WAIT_S = 3.0
 _POLL_S = 0.03
@@ -32,28 +33,6 @@ _DRAIN_S = 15.0
 _NUM_LEAVING = 4
 _NUM_HURRIED = 6
 _NUM_BURST = 48
-_NUM_FLIPPED = 64
-_SLOT_FILE_BYTES = 65536
-_MAX_RENAMES = 100
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """A fault as it was done.
-
-    Attributes:
-        at_s: `time.monotonic()`.
-        note: Who was hit, or why nobody was.
-    """
-
-    fault: Fault
-    at_s: float
-    is_done: bool
-    note: str
-
-
-class Victimless(Exception):
-    """There is nobody to do it to; the message says why."""
 
 
 class Injector:
@@ -73,20 +52,22 @@ class Injector:
         self._actions: dict[FaultKind, Callable[[Fault], Awaitable[str]]] = {
             FaultKind.WORKER_KILLED: self._kill_worker,
             FaultKind.WORKER_PAUSED: self._pause_worker,
+            FaultKind.WORKER_STUCK: self._stop_engine,
             FaultKind.WORKER_RELOADED: self._reload_worker,
             FaultKind.SERVER_KILLED: self._kill_server,
+            FaultKind.SERVER_TERMINATED: self._terminate_server,
             FaultKind.ROUTER_KILLED: self._kill_router,
             FaultKind.ROUTER_RELOADED: self._reload_router,
             FaultKind.FRONT_KILLED: self._kill_front,
             FaultKind.MANAGER_KILLED: self._kill_manager,
             FaultKind.MANAGER_RELOADED: self._reload_manager,
-            FaultKind.REGISTRY_GONE: self._hide_registry,
-            FaultKind.BLOCK_CORRUPTED: self._corrupt_block,
             FaultKind.CLIENT_LEFT: self._leave,
             FaultKind.DEADLINE_PASSED: self._hurry,
             FaultKind.OVERLOAD: self._overload,
             FaultKind.BAD_INPUT: self._ask_badly,
         }
+        if fleet is not None:
+            self._actions |= StorageFaults(fleet, self._rng).actions
 
     async def close(self) -> None:
         """Close its connections."""
@@ -96,6 +77,8 @@ class Injector:
         """One fault to its end."""
         at_s = time.monotonic()
         try:
+            if fault.kind not in self._actions:
+                raise Victimless("the fleet is not ours")
             note = await self._actions[fault.kind](fault)
         except Victimless as reason:
             return Done(fault, at_s, False, str(reason))
@@ -124,6 +107,15 @@ class Injector:
         finally:
             stub.resume()
         return f"{fault.target} ({stub.pid}) for {fault.lasts_s:.1f} s"
+
+    async def _stop_engine(self, fault: Fault) -> str:
+        await self._wait_spare(fault.target)
+        stub = self._stub(fault.target)
+        thread = find_thread(stub.pid, ENGINE_THREAD)
+        if thread is None:
+            raise Victimless(f"{fault.target} has no thread {ENGINE_THREAD}")
+        await asyncio.to_thread(stop_thread, thread, fault.lasts_s)
+        return f"thread {thread} of {fault.target} ({stub.pid}) for {fault.lasts_s:.1f} s"
 
     async def _reload_worker(self, fault: Fault) -> str:
         await self._wait_spare(fault.target)
@@ -161,12 +153,21 @@ class Injector:
             control.load(model, {**config, "parameters": {**config.get("parameters", {}), **mark}})
 
     async def _kill_server(self, fault: Fault) -> str:
-        await self._wait_spare(fault.target)
-        server = self._served.server_of(fault.target)
-        if server is None:
-            raise Victimless(f"{fault.target} has no server")
+        server = await self._spare_server(fault.target)
         server.kill()
         return f"server of {fault.target} ({server.pid})"
+
+    async def _terminate_server(self, fault: Fault) -> str:
+        server = await self._spare_server(fault.target)
+        server.terminate()
+        return f"server of {fault.target} ({server.pid})"
+
+    async def _spare_server(self, worker: str) -> psutil.Process:
+        await self._wait_spare(worker)
+        server = self._served.server_of(worker)
+        if server is None:
+            raise Victimless(f"{worker} has no server")
+        return server
 
     async def _kill_router(self, _: Fault) -> str:
         return self._kill_one(LLM.name)
@@ -180,19 +181,6 @@ class Injector:
             raise Victimless("the public server is not there")
         server.kill()
         return f"public server ({server.pid})"
-
-    async def _hide_registry(self, fault: Fault) -> str:
-        registry = self._served.registry
-        await _without(registry, fault.lasts_s)
-        return f"{registry.name} away for {fault.lasts_s:.1f} s"
-
-    async def _corrupt_block(self, _: Fault) -> str:
-        files = [path for path in self._served.disk.rglob("*") if _is_slot_file(path)]
-        if not files:
-            raise Victimless("there is nothing on disk")
-        path = self._rng.choice(files)
-        corrupt(path, self._rng, _NUM_FLIPPED)
-        return f"{_NUM_FLIPPED} bytes of {path.name}"
 
     async def _leave(self, fault: Fault) -> str:
         leaving = [self._questions.leaving(fault.phase or Phase.DECODING) for _ in range(_NUM_LEAVING)]
@@ -255,45 +243,3 @@ def is_in(phase: Phase, status: WorkerStatus) -> bool:
     if phase is Phase.TRANSFERRING:
         return status.num_leases > 0
     return status.num_running > 0
-
-
-def corrupt(path: Path, rng: random.Random, num_bytes: int) -> None:
-    """Turn over bits of bytes all over a file."""
-    size = path.stat().st_size
-    with path.open("r+b") as file:
-        for place in (rng.randrange(size) for _ in range(num_bytes)):
-            file.seek(place)
-            byte = file.read(1)
-            file.seek(place)
-            file.write(bytes([byte[0] ^ 0xFF]))
-
-
-def _is_slot_file(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size >= _SLOT_FILE_BYTES
-
-
-async def _without(folder: Path, seconds: float) -> None:
-    """A file in the folder's place: nothing in it can be read, and nobody makes it anew."""
-    if not folder.is_dir():
-        raise Victimless(f"{folder.name} is away already")
-    away, plug = folder.with_name(f"{folder.name}.away"), folder.with_name(f"{folder.name}.plug")
-    plug.touch()
-    folder.rename(away)
-    try:
-        put_in_place(plug, folder)
-        await asyncio.sleep(seconds)
-    finally:
-        put_in_place(away, folder)
-
-
-def put_in_place(source: Path, target: Path) -> None:
-    """Rename, whatever is there: a writer that finds no folder makes one, between any two steps of ours."""
-    for _ in range(_MAX_RENAMES):
-        with contextlib.suppress(OSError):
-            if target.is_dir():
-                shutil.rmtree(target)
-            elif source.is_dir():
-                target.unlink(missing_ok=True)
-            source.rename(target)
-            return
-    source.rename(target)

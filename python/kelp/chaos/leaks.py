@@ -94,14 +94,24 @@ def count_by_kind(leaks: Iterable[Leak]) -> dict[str, int]:
     return dict(Counter(leak.kind for leak in leaks))
 
 
-def take_footprint(processes: Mapping[int, str], registry: Path, memory: Path = SHARED_MEMORY) -> Footprint:
-    """Look at the machine; a process that ends meanwhile has nothing mapped."""
+def take_footprint(
+    processes: Mapping[int, str], registry: Path, memory: Path = SHARED_MEMORY, view: Path | None = None
+) -> Footprint:
+    """Look at the machine; a process that ends meanwhile has nothing mapped.
+
+    Args:
+        processes: Names by process id.
+        registry: Its folder.
+        memory: Where the processes see shared memory.
+        view: Where we see it, if elsewhere.
+    """
     mapped: set[str] = set()
     for pid in processes:
         with contextlib.suppress(OSError):
             mapped |= mapped_below(memory, Path(f"/proc/{pid}/maps").read_text())
     unfinished = {str(path) for path in registry.glob(_UNFINISHED)} if registry.is_dir() else set()
-    return Footprint(dict(processes), frozenset(mapped), frozenset(_files_below(memory)), frozenset(unfinished))
+    existing = _files_below(view or memory, memory)
+    return Footprint(dict(processes), frozenset(mapped), frozenset(existing), frozenset(unfinished))
 
 
 def mapped_below(folder: Path, maps: str) -> set[str]:
@@ -115,5 +125,6 @@ def mapped_below(folder: Path, maps: str) -> set[str]:
     return found
 
 
-def _files_below(folder: Path) -> set[str]:
-    return {os.path.join(place, name) for place, _, names in os.walk(folder) for name in names}
+def _files_below(view: Path, folder: Path) -> set[str]:
+    found = (os.path.join(place, name) for place, _, names in os.walk(os.path.join(view, "")) for name in names)
+    return {str(folder / os.path.relpath(path, view)) for path in found}

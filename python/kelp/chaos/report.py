@@ -11,7 +11,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from kelp.chaos.injector import Done
+from kelp.chaos.done import Done
 from kelp.chaos.leaks import Leak, count_by_kind
 from kelp.chaos.load import Answered
 from kelp.chaos.verdict import Outcome, Tally

@@ -12,11 +12,12 @@ from typing import Any
 
 import psutil
 
+from kelp.chaos.done import Done
 from kelp.chaos.faults import CLIENT_SIDE, Fault
 from kelp.chaos.fleet import ServedFleet
 from kelp.chaos.fleet_spec import HOST, FleetSpec
-from kelp.chaos.injector import Done, Injector
-from kelp.chaos.leaks import Footprint, Leak, held, left_after, left_in_life, take_footprint
+from kelp.chaos.injector import Injector
+from kelp.chaos.leaks import SHARED_MEMORY, Footprint, Leak, held, left_after, left_in_life, take_footprint
 from kelp.chaos.load import Answered, Load
 from kelp.chaos.questions import DEADLINE_S, MockReference, Questions, RecordedReference, Reference
 from kelp.chaos.report import Report
@@ -184,7 +185,7 @@ def footprint_of(fleet: ServedFleet) -> Footprint:
     for process in fleet.processes():
         with contextlib.suppress(psutil.Error):
             processes[process.pid] = process.name()
-    return take_footprint(processes, fleet.registry)
+    return take_footprint(processes, fleet.registry, view=fleet.memory)
 
 
 def _queued(fleet: ServedFleet) -> list[Leak]:
@@ -197,7 +198,7 @@ def left_behind(fleet: ServedFleet, seen_memory: set[str]) -> list[Leak]:
     """Look at the machine once the fleet has been stopped."""
     files = [str(path) for path in fleet.temporary.rglob("*") if path.is_file()]
     arena = arena_folder_of(fleet.grpc_port)
-    files += [str(arena)] if arena.exists() else []
+    files += [str(arena)] if (fleet.memory / arena.relative_to(SHARED_MEMORY)).exists() else []
     ports = [port for port in (fleet.http_port, fleet.grpc_port, fleet.metrics_port) if not is_free(HOST, port)]
     return left_after(footprint_of(fleet), seen_memory, files, ports)
 
@@ -229,7 +230,7 @@ def run_served(
             fleet.save_logs(logs)
         say("stopping")
         code = fleet.stop()
-    leaks = [*report.leaks, *left_behind(fleet, run.seen_memory)]
+        leaks = [*report.leaks, *left_behind(fleet, run.seen_memory)]
     warnings = [] if code == 0 else [f"kelp serve ended with {'SIGKILL' if code is None else code}"]
     return report.extended(leaks, warnings)
 

@@ -6,13 +6,24 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from kelp.chaos.faults import PHASES, Fault, FaultKind, Phase
+from kelp.chaos.faults import OF_STORE, PHASES, Fault, FaultKind, Phase
 from kelp.core.errors import ConfigError
 
 _LEAST_GAP = 0.5
 """Of the longest time between two faults."""
-_PAUSE_S = (0.2, 0.8)
-_REGISTRY_S = (2.0, 6.0)
+_SHORT_S = (2.0, 6.0)
+_LASTS_S = {
+    FaultKind.WORKER_PAUSED: (0.2, 0.8),
+    FaultKind.WORKER_STUCK: (6.0, 9.0),
+    FaultKind.REGISTRY_GONE: _SHORT_S,
+    FaultKind.MEMORY_FULL: _SHORT_S,
+    FaultKind.DISK_FULL: _SHORT_S,
+    FaultKind.DISK_SLOW: _SHORT_S,
+    **dict.fromkeys(OF_STORE, _SHORT_S),
+}
+_LONG_REGISTRY_S = (60.0, 60.0)
+_LONG_RUN_S = 600.0
+"""Runs from here on lose the registry for a minute, every other time."""
 _PREFILL_PHASES = (Phase.PREFILLING, Phase.TRANSFERRING)
 
 
@@ -51,7 +62,7 @@ def make_schedule(spec: ScheduleSpec) -> tuple[Fault, ...]:
     at_s = rng.uniform(_LEAST_GAP, 1.0) / spec.rate_per_s
     while at_s < spec.duration_s:
         kind, phase = next(drawn)
-        faults.append(Fault(round(at_s, 3), kind, _target(rng, spec, kind, phase), phase, _lasts_s(rng, kind)))
+        faults.append(Fault(round(at_s, 3), kind, _target(rng, spec, kind, phase), phase, _lasts_s(rng, spec, kind)))
         at_s += rng.uniform(_LEAST_GAP, 1.0) / spec.rate_per_s
     return tuple(faults)
 
@@ -84,10 +95,19 @@ def _target(rng: random.Random, spec: ScheduleSpec, kind: FaultKind, phase: Phas
 
 
 _CONCERN_WORKERS = frozenset(
-    {FaultKind.WORKER_KILLED, FaultKind.WORKER_PAUSED, FaultKind.WORKER_RELOADED, FaultKind.SERVER_KILLED}
+    {
+        FaultKind.WORKER_KILLED,
+        FaultKind.WORKER_PAUSED,
+        FaultKind.WORKER_STUCK,
+        FaultKind.WORKER_RELOADED,
+        FaultKind.SERVER_KILLED,
+        FaultKind.SERVER_TERMINATED,
+    }
 )
 
 
-def _lasts_s(rng: random.Random, kind: FaultKind) -> float:
-    bounds = {FaultKind.WORKER_PAUSED: _PAUSE_S, FaultKind.REGISTRY_GONE: _REGISTRY_S}.get(kind)
+def _lasts_s(rng: random.Random, spec: ScheduleSpec, kind: FaultKind) -> float:
+    bounds = _LASTS_S.get(kind)
+    if kind is FaultKind.REGISTRY_GONE and spec.duration_s >= _LONG_RUN_S and rng.random() < 0.5:
+        bounds = _LONG_REGISTRY_S
     return 0.0 if bounds is None else round(rng.uniform(*bounds), 3)

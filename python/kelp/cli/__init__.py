@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import typer
 
-from kelp.cli import chaos, eviction, kv, machine, router, serving, sim
+from kelp.cli import chaos, eviction, kv, machine, router, serving, sim, traffic
 from kelp.core.errors import KelpError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
@@ -19,6 +19,7 @@ app.command("serve")(serving.serve_command)
 app.command("supervise")(serving.supervise)
 app.command("scale")(serving.scale)
 app.command("drain")(serving.drain)
+app.command("traffic")(traffic.traffic)
 app.command("router")(router.router_command)
 app.command("doctor")(machine.doctor_command)
 app.add_typer(kv.kv_app, name="kv")

@@ -20,7 +20,7 @@ from kelp.core.kv_manager_messages import Clear, Done, GetStats, Operation, Refu
 from kelp.core.peer_auth import PeerToken, load_token
 from kelp.core.schema import KV_BLOCK_MANAGER
 from kelp.core.types import Tier
-from kelp.registry.directory import KvManagerDirectory
+from kelp.registry.access import open_registry
 from kelp.supervisor import run_state
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -83,13 +83,18 @@ def find_manager(host: str, grpc_port: int) -> WorkerAddress:
 
     Raises:
         NotFound: There is none.
+        ConfigError: The registry that would know it cannot be reached.
     """
-    registry = _config_of(host, grpc_port).registry
-    records = KvManagerDirectory(registry.path, registry.expiry_s).snapshot()
+    config = _config_of(host, grpc_port)
+    try:
+        records = open_registry(config.registry, None).kv_managers.snapshot()
+    except OSError as error:
+        raise ConfigError(f"registry unreachable: {error}") from None
     if _run_of(host, grpc_port) is None:
         endpoint = f"{host}:{grpc_port}"
         epoch = next((record.epoch for record in records if record.endpoint == endpoint), "")
         return WorkerAddress(endpoint, KV_BLOCK_MANAGER.name, epoch=epoch)
+    records = [record for record in records if record.endpoint.startswith(f"{config.server.host}:")]
     if not records:
         raise NotFound(
             f"the server on port {grpc_port} has no KV block manager (now): kv_manager.enabled is false, or it is "

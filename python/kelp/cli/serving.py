@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import enum
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -13,12 +15,13 @@ from kelp.cli.options import ConfigFile, GrpcPort, effective_config, sayer
 from kelp.core.config import KelpConfig
 from kelp.core.errors import ConfigError, KelpError
 from kelp.core.peer_auth import make_token_file, read_secret
+from kelp.core.wire import VERSION_NAME
 from kelp.supervisor import preflight, serve
 from kelp.supervisor.kv_manager import arena_folder_of
 from kelp.supervisor.model import prepare_model
 from kelp.supervisor.plan import ServeOptions
 from kelp.supervisor.ports import own_address
-from kelp.supervisor.scale import Fleet
+from kelp.supervisor.scale import Fleet, VersionBeside
 from kelp.supervisor.server import Launch
 from kelp.supervisor.supervise import Supervision
 from kelp.supervisor.triton import find_triton, link_python_backend
@@ -166,16 +169,35 @@ def scale(
     grpc_port: GrpcPort = 8001,
     host: Annotated[str, typer.Option(help="Host of the running server.")] = "127.0.0.1",
     drain_timeout_s: Annotated[float, typer.Option(help="How long running requests may take to end.")] = 60.0,
+    version: Annotated[
+        str | None, typer.Option(help="Workers of another version of the model, beside the server's own.")
+    ] = None,
+    model: Annotated[Path | None, typer.Option(help="Where that version lies: a folder or a GGUF file.")] = None,
 ) -> None:
-    """Start or drain and stop workers of a live server."""
+    """Start or drain and stop workers of a live server.
+
+    Workers of another version get no requests before `kelp traffic` gives it a share.
+    """
     role, _, count = target.partition("=")
     if role not in ("prefill", "decode") or not count.isdigit():
         raise ConfigError(f"{target!r}: must be prefill=<count> or decode=<count>")
-    fleet = Fleet(f"{host}:{grpc_port}", sayer())
+    say = sayer()
+    beside = _version_beside(version, model, say)
+    fleet = Fleet(f"{host}:{grpc_port}", say)
     try:
-        fleet.scale(role, int(count), drain_timeout_s)
+        fleet.scale(role, int(count), drain_timeout_s, beside)
     finally:
         fleet.close()
+
+
+def _version_beside(version: str | None, model: Path | None, say: Callable[[str], None]) -> VersionBeside | None:
+    if version is None:
+        if model is not None:
+            raise ConfigError("--model: say with --version what it is to be called")
+        return None
+    if not re.fullmatch(VERSION_NAME, version):
+        raise ConfigError(f"--version {version!r}: a letter, then up to 15 letters and digits, all lower case")
+    return VersionBeside(version, None if model is None else prepare_model(model, say))
 
 
 def drain(

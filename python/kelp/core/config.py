@@ -8,7 +8,6 @@ are refused. `kelp doctor` prints the effective values.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,6 +18,7 @@ from pydantic import Field, ValidationError
 from kelp.core.config_kv import DiskTierConfig, KvManagerConfig, ObjectTierConfig, OffloadConfig
 from kelp.core.config_kv import EventsConfig as EventsConfig
 from kelp.core.config_peers import PeersConfig
+from kelp.core.config_registry import RegistryConfig as RegistryConfig
 from kelp.core.config_replicas import DirectConfig, QueueConfig, ReplicasConfig
 from kelp.core.config_resilience import DrainConfig, WatchdogConfig
 from kelp.core.config_routing import PolicyName as PolicyName
@@ -27,6 +27,7 @@ from kelp.core.config_supervision import SupervisionConfig
 from kelp.core.config_values import Group as _Group
 from kelp.core.config_values import Positive as _Positive
 from kelp.core.errors import ConfigError
+from kelp.core.wire import VersionName
 
 CONFIG_ENV = "KELP_CONFIG"
 """The only environment variable that kelp itself reads: path of the YAML file."""
@@ -42,16 +43,13 @@ def default_cache_folder() -> Path:
     return Path(base) / "kelp"
 
 
-def default_registry_folder() -> Path:
-    """Registry of servers started without a config file: one per user and host."""
-    return Path(tempfile.gettempdir()) / f"kelp-{os.getuid()}" / "registry"
-
-
 class ModelConfig(_Group):
     """Which model is served."""
 
     path: Path = Field(default_factory=lambda: default_cache_folder() / "models" / "default")
     """Hugging Face folder (config.json, tokenizer.json, *.safetensors); `make setup` prepares the default."""
+    version: VersionName = "base"
+    """What this model is called where several versions of it serve side by side (`kelp traffic`)."""
     lora_adapters: dict[_AdapterName, Path] = {}
     """PEFT folders (adapter_config.json, adapter_model.safetensors) by the name that requests give as `lora_name`."""
 
@@ -182,17 +180,6 @@ class RouterConfig(_Group):
     """Most sequences of one request (`num_return_sequences`); each is generated like a request of its own."""
     cancel_poll_s: _Positive = 0.1
     """How often Triton is asked whether the client has gone."""
-
-
-class RegistryConfig(_Group):
-    """Where workers find each other."""
-
-    path: Path = Field(default_factory=default_registry_folder)
-    """Directory of worker records, one file each."""
-    heartbeat_s: _Positive = 1.0
-    """How often a worker renews its record."""
-    expiry_s: _Positive = 5.0
-    """A record older than this belongs to a dead worker."""
 
 
 class ServerConfig(_Group):

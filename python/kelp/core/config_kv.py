@@ -56,6 +56,10 @@ class EventsConfig(Group):
     """How often a quiet worker without digests (vLLM, SGLang) is asked for what may have been missed."""
     drop_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """For fault tests: this share of batches is never sent."""
+    duplicate_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """For fault tests: this share is sent twice."""
+    reorder_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """For fault tests: this share is sent after the batch that follows."""
 
 
 class KvManagerConfig(Group):

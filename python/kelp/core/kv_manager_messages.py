@@ -76,13 +76,14 @@ class Joined(_Result, frozen=True):
     tiers: Annotated[tuple[Tier, ...], Meta(max_length=len(Tier))]
 
 
-class Store(_Operation, frozen=True):
+class Store(_Operation, frozen=True, omit_defaults=True):
     """Keep these blocks of one tenant if they are worth it; answered by `Stored` when the READs have ended.
 
     Attributes:
         store_id: The worker's own number, new with every `Store`.
         tenant: `core.hashing.tenant_digest` of the cache salt.
         hold_s: How long the worker holds the blocks at least; a READ that takes longer is given up.
+        is_urgent: The worker may soon have to evict them; others give way to those who compute.
     """
 
     worker_id: Name
@@ -91,6 +92,7 @@ class Store(_Operation, frozen=True):
     tenant: Digest
     hold_s: Seconds
     blocks: Annotated[tuple[OfferedBlock, ...], Meta(min_length=1, max_length=MAX_BLOCKS)]
+    is_urgent: bool = False
 
 
 class Stored(_Result, frozen=True):
@@ -100,13 +102,14 @@ class Stored(_Result, frozen=True):
     num_known: Count
 
 
-class Commit(_Operation, frozen=True):
-    """The blocks of a `Store` were held unchanged until its answer came (or not: `is_valid` False drops them)."""
+class Commit(_Operation, frozen=True, omit_defaults=True):
+    """A `Store` has been answered: its blocks were unchanged till then but for `lost` (`is_valid` False: drop all)."""
 
     worker_id: Name
     epoch: Name
     store_id: LeaseId
     is_valid: bool = True
+    lost: Digests = ()
 
 
 class Onboard(_Operation, frozen=True):

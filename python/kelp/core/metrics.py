@@ -27,6 +27,9 @@ class MetricFamily:
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 REQUESTS = MetricFamily("kelp_requests_total", "counter", "Requests ended, by outcome")
+VERSION_REQUESTS = MetricFamily(
+    "kelp_version_requests_total", "counter", "Requests that another version than the router's own served"
+)
 TTFT = MetricFamily("kelp_ttft_seconds", "histogram", "Arrival to first token sent", _SECONDS)
 ITL = MetricFamily("kelp_itl_seconds", "histogram", "Mean time between tokens of a request", _SECONDS)
 PHASE = MetricFamily("kelp_phase_seconds", "histogram", "Time of one phase of a request", _SECONDS)
@@ -98,8 +101,8 @@ ONBOARD_BLOCKS = MetricFamily("kelp_onboard_blocks_total", "counter", "Blocks fo
 ONBOARDED_BLOCKS = MetricFamily("kelp_onboarded_blocks_total", "counter", "Prompt blocks that came from lower tiers")
 MODEL_RESTARTS = MetricFamily("kelp_model_restarts", "gauge", "How often the model was loaded again after its death")
 FAMILIES = (
-    MODEL_RESTARTS, REQUESTS, TTFT, ITL, PHASE, OUTPUT_TOKENS, PROMPT_TOKENS, CACHED_TOKENS, RESPONSES, RETRIES,
-    TRANSFERRED_BLOCKS, DRAFT_TOKENS, ACCEPTED_TOKENS, BLOCKS, LEASES, RUNNING,
+    MODEL_RESTARTS, REQUESTS, VERSION_REQUESTS, TTFT, ITL, PHASE, OUTPUT_TOKENS, PROMPT_TOKENS, CACHED_TOKENS,
+    RESPONSES, RETRIES, TRANSFERRED_BLOCKS, DRAFT_TOKENS, ACCEPTED_TOKENS, BLOCKS, LEASES, RUNNING,
     DECISIONS, PROMPT_BLOCKS, PREDICTED_BLOCKS, PREDICTED_TIER_BLOCKS, ONBOARDED_TIER_BLOCKS, TTFT_RATIO,
     QUEUE_LENGTH, QUEUE_WAIT, STALE_ROUTERS, KNOWN_ROUTERS,
     INDEX_BYTES, APPROXIMATE_WORKERS,

@@ -6,6 +6,7 @@ Part of the seed of every block hash and of the handoff layout check; must not d
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 from kelp.core.errors import ConfigError
@@ -14,6 +15,16 @@ _DIGEST_BYTES = 16
 _SAMPLES_PER_FILE = 16
 _SAMPLE_BYTES = 4096
 _READ_BYTES = 1 << 20
+TEXT_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+"""What a model folder holds that text depends on."""
+_TEXT_FIELDS = ("vocab_size", "bos_token_id", "eos_token_id")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 """What a PEFT folder holds that the arithmetic depends on."""
 
@@ -46,6 +57,30 @@ def model_identity(model_folder: Path) -> str:
             fields += [path.name.encode(), num_bytes.to_bytes(8, "little"), _weight_samples(path, num_bytes)]
     except OSError as error:
         raise ConfigError(f"model.path={model_folder}: {error.strerror}: {error.filename}") from None
+    for field in fields:
+        digest.update(len(field).to_bytes(8, "little"))
+        digest.update(field)
+    return digest.hexdigest()
+
+
+def text_identity(model_folder: Path) -> str:
+    """Hex digest over what turns text into tokens and back: versions of a model that share it share a router.
+
+    Raises:
+        ConfigError: A file cannot be read.
+    """
+    digest = hashlib.blake2b(digest_size=_DIGEST_BYTES, person=b"kelp-text")
+    try:
+        config = json.loads((model_folder / "config.json").read_bytes())
+        own = json.dumps([config.get(name) for name in _TEXT_FIELDS])
+        fields = [own.encode()]
+        for name in TEXT_FILES:
+            path = model_folder / name
+            fields += [name.encode(), path.read_bytes() if path.is_file() else b""]
+    except OSError as error:
+        raise ConfigError(f"model.path={model_folder}: {error.strerror}: {error.filename}") from None
+    except ValueError as error:
+        raise ConfigError(f"model.path={model_folder}: config.json: {error}") from None
     for field in fields:
         digest.update(len(field).to_bytes(8, "little"))
         digest.update(field)

@@ -93,21 +93,30 @@ def read_secret(path: Path) -> bytes:
     Raises:
         ConfigError: See `load_token`.
     """
-    try:
-        with path.open("rb") as file:
-            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-            raw = file.read(MAX_TOKEN_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"peers.token_file: {path}: {error.strerror}") from None
-    if mode & 0o077:
-        raise ConfigError(f"peers.token_file: {path}: others may open it (mode {mode:04o}); run `chmod 600 {path}`")
-    secret = raw.strip()
+    secret = read_private(path, "peers.token_file")
     if not MIN_TOKEN_BYTES <= len(secret) <= MAX_TOKEN_BYTES:
         raise ConfigError(
             f"peers.token_file: {path}: {len(secret)} bytes, {MIN_TOKEN_BYTES} to {MAX_TOKEN_BYTES} are needed; "
             f"make one with `openssl rand -hex 32 > {path}`"
         )
     return secret
+
+
+def read_private(path: Path, field: str) -> bytes:
+    """What a file that nobody else may open holds, without white space around it; `MAX_TOKEN_BYTES` and one at most.
+
+    Raises:
+        ConfigError: It cannot be read, or others may read it; names the field.
+    """
+    try:
+        with path.open("rb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            raw = file.read(MAX_TOKEN_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{field}: {path}: {error.strerror}") from None
+    if mode & 0o077:
+        raise ConfigError(f"{field}: {path}: others may open it (mode {mode:04o}); run `chmod 600 {path}`")
+    return raw.strip()
 
 
 def make_token_file(path: Path) -> None:

@@ -52,11 +52,13 @@ class Prepared(Message):
 
     Attributes:
         lora_digest: Content of the request's adapter that the hashes stand for; empty without one.
+        model_id: The model that the hashes stand for; empty where there is but one.
     """
 
     seed_hash_hex: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
     bad_words_ids: tuple[tuple[_TokenId, ...], ...] = ()
     lora_digest: LoraDigest = ""
+    model_id: Annotated[str, Field(max_length=256)] = ""
 
 
 PREPROCESS_OPTIONS: TypeAdapter[PreprocessOptions] = TypeAdapter(PreprocessOptions)

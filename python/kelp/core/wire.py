@@ -16,6 +16,9 @@ MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
+VERSION_NAME = r"^[a-z][a-z0-9]{0,15}$"
+VersionName = Annotated[str, Field(pattern=VERSION_NAME)]
+"""One of several versions of a model; part of the names of its workers."""
 LoraDigest = Annotated[str, Field(pattern=r"^([0-9a-f]{32})?$")]
 """`core.model_identity.adapter_digest`; empty without an adapter."""
 Nanoseconds = Annotated[int, Field(ge=0, lt=2**63)]

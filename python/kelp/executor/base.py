@@ -216,6 +216,9 @@ class SealedBlock:
 SealWatch = Callable[[Sequence[SealedBlock]], int]
 """Takes sealed blocks of one tenant and says how many of them, from the first on, it keeps."""
 
+EvictionWatch = Callable[[Sequence[SequenceHash]], None]
+"""Told of blocks that have just left the prefix cache, before anything is written over them."""
+
 
 class Executor(Protocol):
     """One running engine. All methods are thread-safe and return at once unless they say otherwise."""
@@ -288,20 +291,24 @@ class Executor(Protocol):
 class TieredExecutor(Executor, Protocol):
     """An executor whose blocks can go to lower tiers and come back; any other serves without them."""
 
-    def watch_seals(self, watch: SealWatch, watermark: float | None) -> None:
+    def watch_seals(self, watch: SealWatch, watermark: float | None, on_evicted: EvictionWatch | None = None) -> None:
         """Tell of final blocks from the executor's thread; what the watch keeps is not evicted until `release_kept`.
 
-        To be called at most once, before the first `submit`. The watch never blocks. What it does not keep it is told
-        of again when others were sealed or released, unless it has been evicted.
+        To be called at most once, before the first `submit`. Watches never block. What is not kept is told of again
+        when others were sealed or released, unless it has been evicted.
+
+        With `on_evicted`, kept blocks are evicted after all others, and none of them delays a decode: an eighth of the
+        pool at most is denied to new requests, and nothing to growing ones.
 
         Args:
             watch: See `SealWatch`.
             watermark: None tells of blocks when they are sealed (write-through). Else of cached blocks that are next
                 to be evicted and were not kept before, while less than this share of the pool is free (write-back).
+            on_evicted: See `EvictionWatch`; told of all blocks, kept or not.
         """
 
     def release_kept(self, block_ids: Sequence[BlockId]) -> None:
-        """Let go of kept blocks, each once; without any, tell again of those that were not kept."""
+        """Let go of kept blocks, each once, evicted ones or not; without any, tell again of what was not kept."""
 
     def count_cached(self, hashes: Sequence[SequenceHash]) -> int:
         """How many leading ones of these blocks the prefix cache holds right now: a hint, it may change at once."""

@@ -8,8 +8,8 @@ A block is in exactly one state:
 
 `allocate` and `match` take references, `release` returns them; a reference outlives its request for as long as
 a transfer may touch the block (lease, quarantine), so this module needs no notion of either. Blocks released
-together are evicted tail first: a prefix is worth more than what follows it. A pin is for who reads a sealed block
-without being its user: unlike a reference it leaves the order of eviction as it is.
+together are evicted tail first: a prefix is worth more than what follows it. Pins are for who reads a sealed block
+without being its user (`kv.cached`).
 
 Bookkeeping only: knows nothing of tensors, engines or transports. Not thread-safe: one thread owns a pool.
 """
@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import enum
 import itertools
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterable, Sequence
 
 from kelp.core.errors import CapacityError, InternalError
 from kelp.core.kv_events import BlocksRemoved, BlocksStored, KVEventSink
 from kelp.core.types import BlockId, SequenceHash
+from kelp.kv.cached import CachedBlocks
 
 
 class BlockState(enum.Enum):
@@ -43,10 +44,8 @@ class BlockPool:
         self._num_references = [0] * num_blocks
         self._hashes: list[SequenceHash | None] = [None] * num_blocks
         self._free: deque[BlockId] = deque(BlockId(index) for index in range(num_blocks))
-        self._cached: OrderedDict[BlockId, None] = OrderedDict()
+        self._cached = CachedBlocks()
         self._by_hash: dict[SequenceHash, BlockId] = {}
-        self._pinned: set[BlockId] = set()
-        self._num_pinned_cached = 0
         self._sinks: list[KVEventSink] = []
 
     def watch(self, sink: KVEventSink) -> None:
@@ -76,12 +75,12 @@ class BlockPool:
     @property
     def num_available(self) -> int:
         """Blocks that `allocate` can hand out."""
-        return len(self._free) + len(self._cached) - self._num_pinned_cached
+        return len(self._free) + self._cached.num_available
 
     @property
     def num_pinned(self) -> int:
-        """Blocks that are not evicted, whoever holds them."""
-        return len(self._pinned)
+        """Pinned blocks, whoever holds them."""
+        return self._cached.num_pins
 
     def state(self, block_id: BlockId) -> BlockState:
         """State of one block."""
@@ -136,8 +135,7 @@ class BlockPool:
             if self._hashes[block_id] is None:
                 self._free.append(block_id)
             else:
-                self._cached[block_id] = None
-                self._num_pinned_cached += block_id in self._pinned
+                self._cached.add(block_id)
 
     def seal(self, block_id: BlockId, sequence_hash: SequenceHash, parent: SequenceHash | None = None) -> bool:
         """`seal_run` of one block; returns whether the block can now be matched."""
@@ -185,8 +183,7 @@ class BlockPool:
             if block_id is None:
                 break
             if not self._num_references[block_id]:
-                del self._cached[block_id]
-                self._num_pinned_cached -= block_id in self._pinned
+                self._cached.remove(block_id)
             self._num_references[block_id] += 1
             found.append(block_id)
         return found
@@ -204,17 +201,20 @@ class BlockPool:
         hashes = [self._hashes[block_id] for block_id in itertools.islice(self._cached, count)]
         return [sequence_hash for sequence_hash in hashes if sequence_hash is not None]
 
-    def pin(self, block_ids: Iterable[BlockId]) -> None:
-        """Keep sealed blocks from being evicted until `unpin`.
+    def is_pinned(self, block_id: BlockId) -> bool:
+        """Whether the block has a pin."""
+        return self._cached.is_pinned(block_id)
+
+    def pin(self, block_ids: Iterable[BlockId], is_firm: bool = True) -> None:
+        """Keep sealed blocks from being evicted until `unpin`; if not firmly, only while there are others to evict.
 
         Raises:
             InternalError: A block is pinned already, or not sealed.
         """
         for block_id in block_ids:
-            if self._hashes[self._checked(block_id)] is None or block_id in self._pinned:
+            if self._hashes[self._checked(block_id)] is None or self._cached.is_pinned(block_id):
                 raise InternalError(f"pin of block {block_id}, which is pinned already or not sealed")
-            self._pinned.add(block_id)
-            self._num_pinned_cached += not self._num_references[block_id]
+            self._cached.pin(block_id, is_firm)
 
     def unpin(self, block_ids: Iterable[BlockId]) -> None:
         """Let blocks be evicted again.
@@ -223,10 +223,13 @@ class BlockPool:
             InternalError: A block is not pinned.
         """
         for block_id in block_ids:
-            if block_id not in self._pinned:
+            if not self._cached.is_pinned(block_id):
                 raise InternalError(f"unpin of block {block_id}, which is not pinned")
-            self._pinned.remove(block_id)
-            self._num_pinned_cached -= not self._num_references[block_id]
+            self._cached.unpin(block_id)
+
+    def loosen_pins(self) -> None:
+        """No pin is firm from now on."""
+        self._cached.loosen()
 
     def check_integrity(self) -> None:
         """Verify every invariant; for tests, and cheap enough for an idle engine.
@@ -246,8 +249,8 @@ class BlockPool:
             if sequence_hash is not None:
                 hashes[sequence_hash] = block_id
         _require(hashes == self._by_hash, "the hash index differs from the sealed blocks")
-        _require(self._pinned <= set(hashes.values()), "a pinned block has no name")
-        _require(self._num_pinned_cached == len(self._pinned & self._cached.keys()), "pinned cached blocks")
+        _require(self._cached.pinned <= set(hashes.values()), "a pinned block has no name")
+        _require(self._cached.is_sound(), "pinned cached blocks")
 
     def _tell_stored(self, hashes: list[SequenceHash], parent: SequenceHash | None) -> None:
         if hashes:
@@ -257,17 +260,8 @@ class BlockPool:
         for sink in self._sinks:
             sink(event)
 
-    def _take_cached(self, count: int) -> list[BlockId]:
-        if not self._num_pinned_cached:
-            return [self._cached.popitem(last=False)[0] for _ in range(count)]
-        unpinned = (block_id for block_id in self._cached if block_id not in self._pinned)
-        block_ids = list(itertools.islice(unpinned, count))
-        for block_id in block_ids:
-            del self._cached[block_id]
-        return block_ids
-
     def _evict(self, count: int) -> list[BlockId]:
-        block_ids = self._take_cached(count)
+        block_ids = self._cached.take(count)
         evicted: list[SequenceHash] = []
         for block_id in block_ids:
             sequence_hash = self._hashes[block_id]

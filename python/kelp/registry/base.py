@@ -12,10 +12,11 @@ from typing import Annotated, Protocol
 from pydantic import AfterValidator, Field, TypeAdapter
 
 from kelp.core.types import HandoffShape, KVLayout, Role, WorkerKey, WorkerState
-from kelp.core.wire import Message
+from kelp.core.wire import Message, VersionName
 
 _Name = Annotated[str, Field(min_length=1, max_length=256)]
 _Count = Annotated[int, Field(ge=0, lt=2**31)]
+_Share = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 _HOST_AND_PORT = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+(?:%[A-Za-z0-9._-]+)?\]):([0-9]{1,5})")
 _MAX_PORT = 65535
 
@@ -92,6 +93,8 @@ class WorkerRecord(StampedRecord):
         kv_manager_id: The block manager that keeps this worker's lower tiers; empty for none.
         tags: Where the worker stands, `zone` and `rack` for example; requests may require or prefer values.
         asks_token: Its event sockets serve those who know the peers' token (docs/security.md).
+        version: What its model is called where several versions serve side by side (`model.version`).
+        text_id: `core.model_identity.text_identity` of its model; empty if unknown.
     """
 
     worker_id: _Name
@@ -111,6 +114,8 @@ class WorkerRecord(StampedRecord):
     max_running: _Count = 0
     tags: Annotated[dict[_Name, _Name], Field(max_length=16)] = {}
     asks_token: bool = False
+    version: VersionName = "base"
+    text_id: Annotated[str, Field(max_length=256)] = ""
     num_running: _Count = 0
     num_waiting: _Count = 0
     num_free_blocks: _Count = 0
@@ -167,6 +172,23 @@ class KvManagerRecord(StampedRecord):
         return self.manager_id, self.epoch
 
 
+class TrafficRecord(StampedRecord):
+    """How requests are shared among versions of a model; there is at most one in a registry, and it never expires.
+
+    Attributes:
+        shares: By `WorkerRecord.version`, relative to each other; a version without one gets nothing.
+        before: The shares that these have replaced; empty: none had been set.
+    """
+
+    shares: Annotated[dict[VersionName, _Share], Field(max_length=16)]
+    before: Annotated[dict[VersionName, _Share], Field(max_length=16)] = {}
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """There is only one."""
+        return "traffic", ""
+
+
 class Incarnation(Protocol):
     """Anything whose every start has a name of its own."""
 
@@ -177,6 +199,7 @@ class Incarnation(Protocol):
 
 WORKER_RECORD: TypeAdapter[WorkerRecord] = TypeAdapter(WorkerRecord)
 ROUTER_RECORD: TypeAdapter[RouterRecord] = TypeAdapter(RouterRecord)
+TRAFFIC_RECORD: TypeAdapter[TrafficRecord] = TypeAdapter(TrafficRecord)
 KV_MANAGER_RECORD: TypeAdapter[KvManagerRecord] = TypeAdapter(KvManagerRecord)
 
 

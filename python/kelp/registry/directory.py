@@ -1,7 +1,7 @@
 """Registries of one host: a directory with one JSON file per worker, router and KV block manager.
 
 A record whose heartbeat is older than `expiry_s` is dead; a starting worker or router sweeps such files away. With a
-token, records that no peer wrote do not count (`registry.record_folder`).
+token, records that no peer wrote do not count (`registry.record_seal`).
 """
 
 from __future__ import annotations
@@ -10,112 +10,53 @@ from pathlib import Path
 
 from kelp.core.clock import Clock, SystemClock
 from kelp.core.peer_auth import PeerToken
-from kelp.registry.base import (
-    KV_MANAGER_RECORD,
-    ROUTER_RECORD,
-    WORKER_RECORD,
-    KvManagerRecord,
-    RouterRecord,
-    WorkerRecord,
+from kelp.registry.base import KV_MANAGER_RECORD, ROUTER_RECORD, TRAFFIC_RECORD, WORKER_RECORD
+from kelp.registry.kinds import (
+    KV_MANAGER_SUFFIX,
+    ROUTER_SUFFIX,
+    TRAFFIC_SUFFIX,
+    WORKER_SUFFIX,
+    KvManagerRecords,
+    RouterRecords,
+    TrafficRecords,
+    WorkerRecords,
 )
 from kelp.registry.record_folder import RecordFolder
-
-_WORKER_SUFFIX = ".worker.json"
-_ROUTER_SUFFIX = ".router.json"
-_KV_MANAGER_SUFFIX = ".kv-manager.json"
+from kelp.registry.store import NEVER_S
 
 
-class DirectoryRegistry:
-    """See the module docstring; implements `registry.base.Registry`."""
+class DirectoryRegistry(WorkerRecords):
+    """Workers in a directory; a missing one is an empty registry."""
 
     def __init__(
         self, folder: Path, expiry_s: float, clock: Clock | None = None, token: PeerToken | None = None
     ) -> None:
-        self._records = RecordFolder(folder, _WORKER_SUFFIX, WORKER_RECORD, expiry_s, clock or SystemClock(), token)
-
-    def publish(self, record: WorkerRecord) -> None:
-        """See `Registry`; stamps the heartbeat."""
-        self._records.write(record.worker_id, record)
-
-    def withdraw(self, worker_id: str, epoch: str) -> None:
-        """See `Registry`."""
-        record = self._records.read(worker_id)
-        if record is not None and record.epoch == epoch:
-            self._records.remove(worker_id)
-
-    def snapshot(self) -> list[WorkerRecord]:
-        """See `Registry`; a missing directory is an empty registry."""
-        return self._records.live()
-
-    def sweep(self) -> int:
-        """Remove the records of dead workers and return how many there were."""
-        return self._records.sweep()
+        super().__init__(RecordFolder(folder, WORKER_SUFFIX, WORKER_RECORD, expiry_s, clock or SystemClock(), token))
 
 
-class RouterDirectory:
-    """Routers in the same directory; implements `registry.base.RouterRegistry`."""
+class RouterDirectory(RouterRecords):
+    """Routers in the same directory."""
 
     def __init__(
         self, folder: Path, expiry_s: float, clock: Clock | None = None, token: PeerToken | None = None
     ) -> None:
-        self._records = RecordFolder(folder, _ROUTER_SUFFIX, ROUTER_RECORD, expiry_s, clock or SystemClock(), token)
-
-    def publish(self, record: RouterRecord) -> None:
-        """See `RouterRegistry`; stamps the heartbeat. Leaves a later incarnation's record as long as that lives.
-
-        A router that is loaded again runs beside its successor until its last request has ended.
-        """
-        live = self._records.live()
-        if not any(other.router_id == record.router_id and other.epoch > record.epoch for other in live):
-            self._records.write(record.router_id, record)
-
-    def withdraw(self, router_id: str, epoch: int) -> None:
-        """See `RouterRegistry`."""
-        record = self._records.read(router_id)
-        if record is not None and record.epoch == epoch:
-            self._records.remove(router_id)
-
-    def snapshot(self) -> list[RouterRecord]:
-        """See `RouterRegistry`."""
-        return self._records.live()
-
-    def sweep(self) -> int:
-        """Remove the records of dead routers and return how many there were."""
-        return self._records.sweep()
+        super().__init__(RecordFolder(folder, ROUTER_SUFFIX, ROUTER_RECORD, expiry_s, clock or SystemClock(), token))
 
 
-class KvManagerDirectory:
+class KvManagerDirectory(KvManagerRecords):
     """KV block managers in the same directory."""
 
     def __init__(
         self, folder: Path, expiry_s: float, clock: Clock | None = None, token: PeerToken | None = None
     ) -> None:
-        self._records = RecordFolder(
-            folder, _KV_MANAGER_SUFFIX, KV_MANAGER_RECORD, expiry_s, clock or SystemClock(), token
+        super().__init__(
+            RecordFolder(folder, KV_MANAGER_SUFFIX, KV_MANAGER_RECORD, expiry_s, clock or SystemClock(), token)
         )
 
-    def publish(self, record: KvManagerRecord) -> None:
-        """Create or renew a record; stamps the heartbeat.
 
-        Raises:
-            OSError: The directory cannot be written.
-        """
-        self._records.write(record.manager_id, record)
+class TrafficDirectory(TrafficRecords):
+    """Shares of versions in the same directory."""
 
-    def withdraw(self, manager_id: str, epoch: str) -> None:
-        """Remove the record if it still is of this epoch; idempotent."""
-        record = self._records.read(manager_id)
-        if record is not None and record.epoch == epoch:
-            self._records.remove(manager_id)
-
-    def snapshot(self) -> list[KvManagerRecord]:
-        """All live records.
-
-        Raises:
-            OSError: The directory cannot be read.
-        """
-        return self._records.live()
-
-    def sweep(self) -> int:
-        """Remove the records of dead managers and return how many there were."""
-        return self._records.sweep()
+    def __init__(self, folder: Path, clock: Clock | None = None, token: PeerToken | None = None) -> None:
+        store = RecordFolder(folder, TRAFFIC_SUFFIX, TRAFFIC_RECORD, NEVER_S, clock or SystemClock(), token)
+        super().__init__(store)

@@ -1,8 +1,7 @@
 """A directory with one JSON file per record, which lives as long as somebody renews it.
 
-A rename makes each renewal atomic. The file is the document and, where there is a token, a second line that proves that
-a peer wrote it: what stands in a registry says where prompts go. Who has no token reads the document alone. Knows
-nothing of what the records say, but for their heartbeat; wall-clock time is compared within one host only.
+A rename makes each renewal atomic; `registry.record_seal` says what a file holds. Knows nothing of what the records
+say, but for their heartbeat; wall-clock time is compared within one host only.
 """
 
 from __future__ import annotations
@@ -10,30 +9,25 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Generic, TypeVar
-from urllib.parse import quote
+from typing import Generic
 
 from pydantic import TypeAdapter
 
 from kelp.core.clock import Clock
 from kelp.core.errors import PeerRefused, ProtocolError
 from kelp.core.peer_auth import PeerToken
-from kelp.core.wire import decode_message, encode_message
-from kelp.registry.base import StampedRecord
+from kelp.registry.record_seal import MAX_RECORD_BYTES as MAX_RECORD_BYTES
+from kelp.registry.record_seal import RecordSeal, RecordT, Refusals
 
-MAX_RECORD_BYTES = 64 * 1024
-_PURPOSE = "registry record"
 _TEMPORARY = ".new-"
-_PROOF = re.compile(rb"\n([0-9a-f]{64})\n?\Z")
 _log = logging.getLogger(__name__)
-RecordT = TypeVar("RecordT", bound=StampedRecord)
 
 
 class RecordFolder(Generic[RecordT]):
-    """Records of one kind.
+    """Records of one kind; implements `registry.store.RecordStore`.
 
     Args:
         suffix: Ends the files' names; different kinds share a folder by it.
@@ -51,12 +45,10 @@ class RecordFolder(Generic[RecordT]):
         token: PeerToken | None = None,
     ) -> None:
         self._folder = folder
-        self._suffix = suffix
-        self._adapter = adapter
+        self._seal = RecordSeal(suffix, adapter, token)
         self._expiry_ns = int(expiry_s * 1e9)
         self._clock = clock
-        self._token = token
-        self._refused: dict[str, ProtocolError | PeerRefused | OSError] = {}
+        self._refusals = Refusals()
 
     def write(self, name: str, record: RecordT) -> None:
         """Create or renew a record; stamps the heartbeat.
@@ -65,12 +57,13 @@ class RecordFolder(Generic[RecordT]):
             OSError: The folder cannot be written.
         """
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path = self._path_of(name)
         stamped = record.model_copy(update={"heartbeat_ns": self._clock.wall_ns()})
         handle, temporary = tempfile.mkstemp(dir=self._folder, prefix=_TEMPORARY)
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(self._proven(encode_message(stamped), self._path_of(name)))
-            os.replace(temporary, self._path_of(name))
+                file.write(self._seal.written(stamped, path.name))
+            os.replace(temporary, path)
         except OSError:
             Path(temporary).unlink(missing_ok=True)
             raise
@@ -79,9 +72,11 @@ class RecordFolder(Generic[RecordT]):
         """One record, dead or alive."""
         return self._read(self._path_of(name))
 
-    def remove(self, name: str) -> None:
-        """Remove a record; idempotent."""
-        self._path_of(name).unlink(missing_ok=True)
+    def remove_if(self, name: str, is_it: Callable[[RecordT], bool]) -> None:
+        """See `RecordStore`."""
+        record = self.read(name)
+        if record is not None and is_it(record):
+            self._path_of(name).unlink(missing_ok=True)
 
     def live(self) -> list[RecordT]:
         """All live records in the order of their names; a missing folder has none."""
@@ -118,7 +113,7 @@ class RecordFolder(Generic[RecordT]):
         record = self._read(path)
         if record is not None:
             return record.heartbeat_ns < oldest_ns
-        if not isinstance(self._refused.get(path.name), PeerRefused):
+        if not self._refusals.is_strangers(path.name):
             return True
         try:
             return path.stat().st_mtime_ns < oldest_ns
@@ -128,42 +123,22 @@ class RecordFolder(Generic[RecordT]):
     def _paths(self) -> list[Path]:
         if not self._folder.exists():
             return []
-        paths = sorted(path for path in self._folder.iterdir() if path.name.endswith(self._suffix))
-        self._refused = {path.name: self._refused[path.name] for path in paths if path.name in self._refused}
+        paths = sorted(path for path in self._folder.iterdir() if path.name.endswith(self._seal.suffix))
+        self._refusals.keep({path.name for path in paths})
         return paths
 
     def _path_of(self, name: str) -> Path:
-        return self._folder / (quote(name, safe="") + self._suffix)
-
-    def _proven(self, document: bytes, path: Path) -> bytes:
-        if self._token is None:
-            return document
-        return b"%b\n%b\n" % (document, self._token.tag(_PURPOSE, path.name.encode(), document).hex().encode())
-
-    def _believed(self, raw: bytes, path: Path) -> bytes:
-        """The document, without what proves it."""
-        found = _PROOF.search(raw)
-        document, tag = (raw, "") if found is None else (raw[: found.start()], found.group(1).decode())
-        if self._token is not None and not self._token.is_tag(
-            bytes.fromhex(tag), _PURPOSE, path.name.encode(), document
-        ):
-            raise PeerRefused(f"registry record {path.name}: nobody who knows the token of peers.token_file wrote it")
-        return document
+        return self._folder / self._seal.place(name)
 
     def _read(self, path: Path) -> RecordT | None:
         """The record; None if there is none, or one that is no use, which is said once."""
         try:
             with path.open("rb") as file:
-                raw = file.read(MAX_RECORD_BYTES + 1)
-            if len(raw) > MAX_RECORD_BYTES:
-                raise ProtocolError(f"registry record {path.name}: it exceeds the limit of {MAX_RECORD_BYTES} bytes")
-            record = decode_message(self._adapter, self._believed(raw, path), f"registry record {path.name}")
+                record = self._seal.read(file.read(MAX_RECORD_BYTES + 1), path.name)
         except FileNotFoundError:
             return None
         except (ProtocolError, PeerRefused, OSError) as error:
-            if str(self._refused.get(path.name)) != str(error):
-                _log.warning("ignored: %s", error)
-            self._refused[path.name] = error
+            self._refusals.note(path.name, error)
             return None
-        self._refused.pop(path.name, None)
+        self._refusals.clear(path.name)
         return record

@@ -142,18 +142,19 @@ class Admission:
         now_s, full = self._clock.monotonic_s(), self._capacity.full()
         if full.is_everywhere:
             return False
-        tried: Counter[tuple[frozenset[WorkerKey], bool]] = Counter()
+        tried: Counter[tuple[frozenset[WorkerKey], bool, str]] = Counter()
         for waiting in self._queue.in_turn(now_s):
             wanted = self._wanted[waiting.request_id]
             if wanted.answer.done():
                 continue
             # Where some requests without wishes of their own found no room, others hardly find any: a thousand that
             # wait must not cost a thousand decisions each time that a place falls free elsewhere.
-            if _has_no_wishes(wanted.request) and tried[wanted.avoid, wanted.allow_prefill] >= _MAX_TRIES:
+            alike = wanted.avoid, wanted.allow_prefill, wanted.request.model_id
+            if _has_no_wishes(wanted.request) and tried[alike] >= _MAX_TRIES:
                 continue
             decision = self._try(wanted, full)
             if decision is None and not wanted.answer.done():
-                tried[wanted.avoid, wanted.allow_prefill] += 1
+                tried[alike] += 1
             if decision is not None:
                 self._queue.take(waiting.request_id, now_s)
                 self._ledger.reserve(decision)
@@ -204,7 +205,7 @@ class Admission:
 
 
 def _has_no_wishes(request: RoutingRequest) -> bool:
-    return not (request.pinned_worker or request.required_tags or request.model_id)
+    return not (request.pinned_worker or request.required_tags)
 
 
 def _touches(decision: Decision, full: Fullness) -> bool:

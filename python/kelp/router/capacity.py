@@ -58,11 +58,11 @@ class Capacity:
         return Fullness(keys, bool(len(is_decoder_full) and is_decoder_full.all()))
 
     def has_room(self, request: RoutingRequest, full: Fullness) -> bool:
-        """Whether a worker that could decode the request, as far as pin and tags tell, is not full."""
-        if full.is_everywhere or not (request.pinned_worker or request.required_tags):
+        """Whether a worker that could decode the request, as far as its wishes tell, is not full."""
+        conditions = conditions_of(request, self._table)
+        if full.is_everywhere or not (request.pinned_worker or conditions):
             return not full.is_everywhere
         records = [self._table.record(slot) for slot in self._fleet.decoders.slots.tolist()]
-        conditions = conditions_of(request)
         if any(is_pinned(record, request.pinned_worker) for record in records):
             conditions.append(lambda record: is_pinned(record, request.pinned_worker))
         return any(record.key not in full.workers and all(meets(record) for meets in conditions) for record in records)

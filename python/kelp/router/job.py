@@ -77,6 +77,7 @@ class Job:
             max_tokens=max(1, self.sampling.max_tokens - len(self.generated)),
             deadline_s=self.deadline_s,
             tenant=self.tenant_hex,
+            model_id=self.prompt.message.model_id,
             is_resumed=bool(self.generated),
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Protocol
 
@@ -139,7 +138,7 @@ class Placer:
         records = self._view.records()
         beats_ns = {key_of(record): record.heartbeat_ns for record in records}
         # With a heartbeat since, only the way to the worker had broken.
-        self._died = {key: beat_ns for key, beat_ns in self._died.items() if beats_ns.get(key, math.inf) <= beat_ns}
+        self._died = {key: beat_ns for key, beat_ns in self._died.items() if beats_ns.get(key) == beat_ns}
         self._selector.set_workers([record for record in records if key_of(record) not in self._died])
         self._admission.wake()
 

@@ -35,6 +35,7 @@ from kelp.router.request_ids import RequestIds
 from kelp.router.sequence import SequenceParts
 from kelp.router.sequence_text import Detokenizer, SequenceText, StopMatcher
 from kelp.router.suspects import Suspects
+from kelp.router.versions import Versions
 
 Explain = Callable[[str], Awaitable[bytes | None]]
 
@@ -75,6 +76,7 @@ class RouterParts:
     preprocess: Preprocess
     text: TextFactory
     placer: Placer
+    versions: Versions
     attempts: AttemptParts
     cancel_watch: CancelWatch
     outbox: Outbox[RelayItem]
@@ -195,9 +197,11 @@ class RouterService:
         exchange.send({"text_output": np.array([document], dtype=np.object_)}, is_final=True)
 
     async def _run(self, request: LlmRequest, exchange: Exchange, deadline_s: float, arrival_ns: int) -> None:
+        request_id = secrets.token_hex(16)
         prompt = await self._parts.preprocess.prepare(request)
+        prompt = self._parts.versions.choose(prompt, request, request_id)
         first = Job(
-            request_id=secrets.token_hex(16),
+            request_id=request_id,
             prompt=prompt,
             sampling=_sampling(request.sampling, prompt.message),
             deadline_s=deadline_s,

@@ -23,7 +23,7 @@ from kelp.core.metrics import (
 from kelp.core.model_identity import adapter_digest
 from kelp.core.peer_auth import PeerToken
 from kelp.core.wire import encode_message
-from kelp.registry.base import KvManagerRecord, RouterRegistry
+from kelp.registry.base import KvManagerRecord, RouterRegistry, TrafficRecord
 from kelp.registry.view import RecordsView, RegistryView
 from kelp.router.admission import Admission
 from kelp.router.capacity import Capacity
@@ -50,11 +50,13 @@ class Registries(NamedTuple):
         workers: Read and kept fresh by the stack,
         managers: as are these: KV block managers.
         routers: Where routers find each other.
+        traffic: Shares of versions, read and kept fresh as well; None where there is but one version.
     """
 
     workers: RegistryView
     managers: RecordsView[KvManagerRecord]
     routers: RouterRegistry
+    traffic: RecordsView[TrafficRecord] | None = None
 
 
 class RoutingStack:
@@ -86,6 +88,7 @@ class RoutingStack:
         self._clock = clock
         self._metrics = metrics
         self._router_id = router_id
+        self._tasks: list[asyncio.Task[None]] = []
         table = self.table = WorkerTable()
         routing = config.routing
         self.index = KVIndex(clock, routing.index_max_bytes, routing.expected_ttl_s)
@@ -120,13 +123,16 @@ class RoutingStack:
 
     async def start(self) -> None:
         """Read the registry and keep reading it; follow the workers' events and the other routers."""
-        workers, managers, _ = self._registries
+        workers, managers, traffic = self._registries.workers, self._registries.managers, self._registries.traffic
         await workers.refresh()
         await managers.refresh()
+        if traffic is not None:
+            await traffic.refresh()
+            self._tasks.append(asyncio.ensure_future(traffic.run()))
         await self._feed.start()
         await self.lower_tiers.feed.start()
         await self._link.start()
-        self._tasks = [asyncio.ensure_future(loop) for loop in (workers.run(), managers.run(), self._report())]
+        self._tasks += [asyncio.ensure_future(loop) for loop in (workers.run(), managers.run(), self._report())]
 
     async def stop(self) -> None:
         """Leave the others and stop following."""

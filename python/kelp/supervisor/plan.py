@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,10 +38,15 @@ class ServeOptions:
 
 @dataclass(frozen=True, slots=True)
 class WorkerSpec:
-    """One worker model: `role` picks the backend, `name` is `role` or `role_<n>`."""
+    """One worker model: `role` picks the backend, `name` is `role` or `role_<n>`, with the version between them.
+
+    Attributes:
+        version: Other than the server's own, side by side with it; empty for that.
+    """
 
     name: str
     role: str
+    version: str = ""
 
     @property
     def is_on_disk(self) -> bool:
@@ -86,9 +91,10 @@ class ServerSpec:
         return f"{own_address(self.host)}:{self.grpc_port}"
 
 
-def worker_names(role: str, count: int) -> list[WorkerSpec]:
-    """The names `role`, `role_1`, `role_2` and so on."""
-    return [WorkerSpec(role if index == 0 else f"{role}_{index}", role) for index in range(count)]
+def worker_names(role: str, count: int, version: str = "") -> list[WorkerSpec]:
+    """The names `role`, `role_1`, `role_2` and so on; of another version `role_v2`, `role_v2_1`."""
+    first = f"{role}_{version}" if version else role
+    return [WorkerSpec(first if index == 0 else f"{first}_{index}", role, version) for index in range(count)]
 
 
 def plan_servers(options: ServeOptions, pick_port: PortPicker) -> list[ServerSpec]:
@@ -136,9 +142,12 @@ def write_config(config: KelpConfig, path: Path) -> None:
     path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
-def worker_model_config(worker: WorkerSpec) -> dict[str, Any]:
-    """Triton configuration of a worker that is not on disk."""
-    return _model_config(worker_schema(worker.name, worker.role), 1)
+def worker_model_config(worker: WorkerSpec, settings: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Triton configuration of a worker that is not on disk; `settings` are fields of its own, as `group.field`."""
+    config = _model_config(worker_schema(worker.name, worker.role), 1)
+    if not settings:
+        return config
+    return {**config, "parameters": {name: {"string_value": value} for name, value in settings.items()}}
 
 
 def router_model_config(num_instances: int) -> dict[str, Any]:

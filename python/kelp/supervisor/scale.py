@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from kelp.client.base import WorkerAddress
 from kelp.client.grpc import GrpcWorkerClient, TritonControl
@@ -15,14 +17,37 @@ from kelp.core.errors import ConfigError, NotFound
 from kelp.core.messages import DrainCommand, WorkerStatus
 from kelp.core.peer_auth import PeerToken, load_token
 from kelp.core.types import WorkerState
+from kelp.registry.access import RegistryAccess, open_registry
 from kelp.registry.base import WorkerRecord
-from kelp.registry.directory import DirectoryRegistry
 from kelp.supervisor import run_state
 from kelp.supervisor.plan import WorkerSpec, worker_model_config, worker_names
+from kelp.supervisor.traffic import Traffic
 
 _POLL_S = 0.1
 _START_TIMEOUT_S = 180.0
 Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class VersionBeside:
+    """A version of the model beside the server's own.
+
+    Attributes:
+        model_folder: Where it lies; None if no worker of it is to be started.
+    """
+
+    version: str
+    model_folder: Path | None
+
+    def settings(self) -> dict[str, str]:
+        """What its workers are told.
+
+        Raises:
+            ConfigError: Nobody said where it lies.
+        """
+        if self.model_folder is None:
+            raise ConfigError(f"--version {self.version}: where does it lie? --model FOLDER says so")
+        return {"model.path": str(self.model_folder), "model.version": self.version}
 
 
 class Fleet:
@@ -33,40 +58,42 @@ class Fleet:
         self._port = int(endpoint.rpartition(":")[2])
         self._run = run_state.read_state(self._port)
         self._say = say
+        self._registry: RegistryAccess | None = None
 
     def close(self) -> None:
         """Close the connection."""
         self._control.close()
 
-    def workers(self, role: str) -> list[WorkerSpec]:
-        """Workers of a role that run now, in order of their numbers."""
-        pattern = re.compile(rf"{role}(?:_(\d+))?")
+    def workers(self, role: str, version: str = "") -> list[WorkerSpec]:
+        """Workers of a role that run now, in order of their numbers; `version`: of another one than the server's."""
+        pattern = re.compile(rf"{role}_{version}(?:_(\d+))?" if version else rf"{role}(?:_(\d+))?")
         found = [
             (int(match.group(1) or 0), record.model_name)
             for record in self._records()
             if (match := pattern.fullmatch(record.model_name))
         ]
-        return [WorkerSpec(name, role) for _, name in sorted(found)]
+        return [WorkerSpec(name, role, version) for _, name in sorted(found)]
 
-    def scale(self, role: str, count: int, drain_timeout_s: float) -> None:
-        """Start or stop workers until there are `count`.
+    def scale(self, role: str, count: int, drain_timeout_s: float, beside: VersionBeside | None = None) -> None:
+        """Start or stop workers until there are `count`; with `beside`, of that version.
 
         Raises:
             ConfigError: A worker did not come up, or `count` makes no sense.
         """
-        if role == "decode" and count < 1:
-            raise ConfigError("decode: at least 1 worker is needed, got 0")
-        running = self.workers(role)
-        wanted = worker_names(role, count)
+        self._check(role, count, beside)
+        version = "" if beside is None else beside.version
+        running = self.workers(role, version)
+        wanted = worker_names(role, count, version)
         added = [worker for worker in wanted if worker not in running]
         removed = [worker for worker in running if worker not in wanted]
+        settings = beside.settings() if beside is not None and added else {}
         for worker in reversed(removed):
             self._say(f"draining {worker.name}")
             self.drain(worker.name, drain_timeout_s)
         if self._run is not None and self._run.is_isolated:
             self._tell_supervisor(role, count)
         else:
-            self._load_and_unload(added, removed)
+            self._load_and_unload(added, removed, settings)
         for worker in removed:
             self._wait_for(partial(self._is_gone, worker.name), f"{worker.name} to be gone")
             self._say(f"{worker.name} is gone")
@@ -86,12 +113,30 @@ class Fleet:
         address = WorkerAddress(record.endpoint, record.model_name, epoch=record.epoch)
         return asyncio.run(_drain(address, load_token(self._config().peers), timeout_s))
 
-    def _load_and_unload(self, added: list[WorkerSpec], removed: list[WorkerSpec]) -> None:
+    def _check(self, role: str, count: int, beside: VersionBeside | None) -> None:
+        if role == "decode" and count < 1 and beside is None:
+            raise ConfigError("decode: at least 1 worker is needed, got 0")
+        if beside is None:
+            return
+        if self._run is not None and self._run.is_isolated:
+            raise ConfigError(
+                "--version: kelp serve --isolate runs one version; start a tritonserver of the other one with the "
+                "same registry"
+            )
+        own = self._config().model.version
+        if beside.version == own:
+            raise ConfigError(f"--version {own}: is the server's own; without --version that is scaled")
+        share = Traffic(self._access(), own).shares().get(beside.version, 0.0)
+        if role == "decode" and count < 1 and share:
+            raise ConfigError(f"decode: version {beside.version} has a share of {share:g}; `kelp traffic` first")
+
+    def _load_and_unload(self, added: list[WorkerSpec], removed: list[WorkerSpec], settings: Mapping[str, str]) -> None:
         for worker in removed:
             self._control.unload(worker.name)
         for worker in added:
             self._say(f"loading {worker.name}")
-            self._control.load(worker.name, None if worker.is_on_disk else worker_model_config(worker))
+            config = None if worker.is_on_disk else worker_model_config(worker, settings)
+            self._control.load(worker.name, config)
 
     def _tell_supervisor(self, role: str, count: int) -> None:
         assert self._run is not None
@@ -126,13 +171,19 @@ class Fleet:
         return [record.model_name for record in self._records()]
 
     def _records(self) -> list[WorkerRecord]:
-        config = self._config()
-        records = DirectoryRegistry(
-            config.registry.path, config.registry.expiry_s, token=load_token(config.peers)
-        ).snapshot()
+        try:
+            records = self._access().workers.snapshot()
+        except OSError as error:
+            raise ConfigError(f"registry unreachable: {error}") from None
         if self._run is not None:
-            return records
+            return [record for record in records if record.endpoint.startswith(f"{self._config().server.host}:")]
         return [record for record in records if record.endpoint.endswith(f":{self._port}")]
+
+    def _access(self) -> RegistryAccess:
+        if self._registry is None:
+            config = self._config()
+            self._registry = open_registry(config.registry, load_token(config.peers))
+        return self._registry
 
     def _config(self) -> KelpConfig:
         return load_config(path=None if self._run is None else self._run.run_folder / "kelp.yaml")

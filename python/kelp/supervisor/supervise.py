@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from kelp.core.config_supervision import SupervisionConfig
+from kelp.supervisor.dead_router import free_streams
 from kelp.supervisor.model_watch import ModelWatch
 from kelp.supervisor.stop_signals import StopRequested, StopSignals
 from kelp.supervisor.stubs import find_server, is_live
@@ -70,4 +71,6 @@ class Supervision:
             return
         self._is_missed = False
         self._say(f"found the tritonserver at gRPC port {self._port} (pid {server.pid})")
-        self._watch = ModelWatch(server, self._endpoint, self._rules, self._say)
+        self._watch = ModelWatch(
+            server, self._endpoint, self._rules, self._say, lambda name: free_streams(name, server, self._say)
+        )

@@ -110,6 +110,7 @@ class Preprocessor:
                 seed_hash_hex=seed.hex(),
                 bad_words_ids=self._bad_words_ids(options.bad_words),
                 lora_digest=lora_digest,
+                model_id=self.model_id,
             ),
             prompt_text=text if options.return_prompt_text else "",
         )

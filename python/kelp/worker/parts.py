@@ -38,12 +38,17 @@ class WorkerParts:
 
 @dataclass(frozen=True, slots=True)
 class WorkerIdentity:
-    """Who this worker is; `epoch` is new with every incarnation."""
+    """Who this worker is; `epoch` is new with every incarnation.
+
+    Attributes:
+        text_id: `core.model_identity.text_identity` of its model.
+    """
 
     model_name: str
     role: Role
     endpoint: str
     epoch: str
+    text_id: str = ""
 
     @property
     def worker_id(self) -> str:

@@ -288,6 +288,8 @@ class WorkerService:
             max_running=self._config.executor.max_running,
             tags=self._config.server.tags,
             asks_token=self._parts.token is not None,
+            version=self._config.model.version,
+            text_id=self._identity.text_id,
             num_running=load.num_running,
             num_waiting=load.num_waiting,
             num_free_blocks=load.num_free_blocks,

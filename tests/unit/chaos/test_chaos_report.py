@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from kelp.chaos.done import Done
 from kelp.chaos.faults import Fault, FaultKind, Phase
-from kelp.chaos.injector import Done, corrupt, put_in_place
 from kelp.chaos.leaks import Leak
 from kelp.chaos.load import Answered
 from kelp.chaos.questions import Question
 from kelp.chaos.report import Report
 from kelp.chaos.scrape import Increase
+from kelp.chaos.storage_faults import corrupt, put_in_place
 from kelp.chaos.verdict import Judgement, Outcome, Tally
 from kelp.cli.chaos import parse_duration_s
 from kelp.core.errors import ConfigError

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from kelp.chaos.faults import PHASES, FaultKind, Layout, Phase, kinds_for
+from kelp.chaos.faults import OF_STORE, PHASES, FaultKind, Layout, Phase, kinds_for
 from kelp.chaos.schedule import ScheduleSpec, make_schedule
 from kelp.core.errors import ConfigError
 
@@ -57,7 +57,9 @@ def test_a_worker_is_stopped_for_less_than_a_second() -> None:
 def test_the_compact_layout_has_no_server_to_kill_that_is_a_workers_own() -> None:
     assert FaultKind.SERVER_KILLED not in kinds_for(Layout.COMPACT)
     assert FaultKind.FRONT_KILLED not in kinds_for(Layout.COMPACT)
-    assert set(kinds_for(Layout.ISOLATED)) == set(FaultKind)
+    assert FaultKind.SERVER_TERMINATED not in kinds_for(Layout.COMPACT)
+    assert set(kinds_for(Layout.ISOLATED)) == set(FaultKind) - OF_STORE
+    assert set(kinds_for(Layout.ISOLATED, has_store=True)) == set(FaultKind)
 
 
 @pytest.mark.parametrize(("field", "value"), [("rate_per_s", 0.0), ("rate_per_s", -1.0), ("kinds", ())])

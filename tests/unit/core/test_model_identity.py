@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from kelp.core.errors import ConfigError
-from kelp.core.model_identity import adapter_digest, lora_id, model_identity
+from kelp.core.model_identity import adapter_digest, lora_id, model_identity, text_identity
 
 
 @pytest.fixture
@@ -95,3 +95,24 @@ def test_a_folder_without_an_adapters_files_is_refused(adapter, name):
 def test_an_adapter_is_its_name_and_its_content_and_none_is_neither():
     assert lora_id("", "") == ""
     assert len({lora_id("a", "0"), lora_id("b", "0"), lora_id("a", "1"), ""}) == 4
+
+
+def test_weights_do_not_count_for_text_and_the_tokenizer_does(folder):
+    (folder / "tokenizer.json").write_text("{}")
+    before = text_identity(folder)
+    next(folder.glob("*.safetensors")).write_bytes(b"other weights")
+    assert text_identity(folder) == before
+    (folder / "tokenizer.json").write_text('{"model": 1}')
+    assert text_identity(folder) != before
+
+
+def test_another_end_token_is_another_text(folder):
+    before = text_identity(folder)
+    (folder / "config.json").write_text('{"eos_token_id": 7}')
+    assert text_identity(folder) != before
+
+
+def test_a_config_that_is_no_json_is_refused_by_name(folder):
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="config.json"):
+        text_identity(folder)

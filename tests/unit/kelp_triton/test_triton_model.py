@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import threading
+import weakref
 from collections.abc import Awaitable, Callable, Iterator
 
 import numpy as np
@@ -215,6 +217,20 @@ def test_a_series_is_made_once_and_touched_by_one_thread_only() -> None:
     (family,) = MetricFamily.made
     (metric,) = family.metrics
     assert metric.threads == {"kelp-metrics"}
+
+
+def test_a_series_is_never_given_back_as_other_models_may_share_it() -> None:
+    metrics = Metrics()
+    exporter = MetricsExporter(metrics, period_s=3600.0)
+    metrics.set(LEASES, 3, worker="prefill")
+    exporter.close()
+    family = weakref.ref(MetricFamily.made[0])
+    metric = weakref.ref(MetricFamily.made[0].metrics[0])
+    MetricFamily.made.clear()
+    del exporter
+    gc.collect()
+    assert family() is not None
+    assert metric() is not None
 
 
 def test_histograms_have_their_buckets() -> None:

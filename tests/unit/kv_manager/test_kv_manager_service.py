@@ -15,6 +15,7 @@ from kelp.core.hashing import tenant_digest
 from kelp.core.kv_manager_messages import (
     Await,
     Clear,
+    Commit,
     Done,
     GetStats,
     Leased,
@@ -67,6 +68,38 @@ def test_nobody_is_given_what_is_not_committed():
             assert (await worker.onboard(HASHES))[1].num_blocks == 0
             assert await worker.commit(operation.store_id) == Unknown("store")
             assert len(space_of(manager).host.shelf.slots.in_state(space_of(manager).host.shelf.slots.state(0))) == 8
+
+    run(scene)
+
+
+def test_of_a_store_that_lost_blocks_the_others_are_given():
+    async def scene():
+        async with Host().manager() as manager:
+            worker = Worker(manager)
+            await worker.join()
+            operation = worker.store_operation(HASHES)
+            assert await worker.ask(operation) == Stored(6, 0)
+            lost = (HASHES[3], HASHES[5])
+            commit = Commit(worker.worker_id, worker.epoch, operation.store_id, lost=lost)
+            assert await worker.ask(commit) == Done(4)
+            assert (await worker.onboard(HASHES))[1].num_blocks == 3
+            shelf = space_of(manager).host.shelf
+            assert [name in shelf for name in HASHES] == [True, True, True, False, True, False]
+            assert await worker.store(HASHES) == Done(2)
+
+    run(scene)
+
+
+@pytest.mark.parametrize("is_urgent", [False, True])
+def test_urgent_stores_are_kept_like_others(is_urgent):
+    async def scene():
+        async with Host().manager() as manager:
+            worker = Worker(manager)
+            await worker.join()
+            operation = msgspec.structs.replace(worker.store_operation(HASHES), is_urgent=is_urgent)
+            assert await worker.ask(operation) == Stored(6, 0)
+            assert await worker.commit(operation.store_id) == Done(6)
+            assert (await worker.onboard(HASHES))[1].num_blocks == 6
 
     run(scene)
 

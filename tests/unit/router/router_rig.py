@@ -32,7 +32,7 @@ from kelp.core.preprocess_messages import Prepared, PreparedPrompt
 from kelp.core.request import LlmRequest
 from kelp.core.types import FinishReason, Role, WorkerState
 from kelp.core.wire import encode_message
-from kelp.registry.base import LayoutRecord, WorkerRecord
+from kelp.registry.base import LayoutRecord, TrafficRecord, WorkerRecord
 from kelp.router.admission import Admission
 from kelp.router.attempt import AttemptParts, Patience
 from kelp.router.capacity import Capacity
@@ -46,6 +46,7 @@ from kelp.router.relay import RelayItem
 from kelp.router.replicas.loads import OwnLoads
 from kelp.router.request_ids import meant_by, shown
 from kelp.router.service import RouterParts, RouterService, StreamCloser
+from kelp.router.versions import Versions
 from kelp.text.stop_words import StopWords
 from support.exchange import FakeExchange, bytes_tensor
 from support.waiting import until
@@ -141,6 +142,7 @@ class FakeWorkers:
         self.arriving: list[WorkerRecord] = []
         self.streams: list[FakeStream] = []
         self.num_refreshes = 0
+        self.traffic: list[TrafficRecord] = []
 
     def generate(
         self, address: WorkerAddress, command: GenerateCommand, prompt: npt.NDArray[np.int32], receive: Receive
@@ -180,7 +182,8 @@ class FakeWorkers:
 
 def prepared(num_tokens: int = 4) -> PreparedPrompt:
     ids = np.arange(100, 100 + num_tokens, dtype=np.int32)
-    return PreparedPrompt(ids, np.zeros(0, dtype=np.uint8), Prepared(seed_hash_hex="0" * 32), "the prompt ")
+    message = Prepared(seed_hash_hex="0" * 32, model_id=LAYOUT.model_id)
+    return PreparedPrompt(ids, np.zeros(0, dtype=np.uint8), message, "the prompt ")
 
 
 def job(num_tokens: int = 4, seconds_left: float = 60.0, generated: tuple[int, ...] = (), **sampling: object) -> Job:
@@ -339,6 +342,7 @@ async def open_router(*records: WorkerRecord, **config: object) -> AsyncIterator
         preprocess=preprocess,
         text=FakeText(),
         placer=desk.placer,
+        versions=Versions("text", workers.records, lambda: next(iter(workers.traffic), None), metrics),
         attempts=replace(attempt_parts(workers, closer), patience=Patience.of(settings)),
         cancel_watch=watch,
         outbox=outbox,

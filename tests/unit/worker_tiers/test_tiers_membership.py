@@ -7,12 +7,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tiers_rig import BLOCK_SIZE, NUM_BLOCKS, open_rig
+from tiers_rig import BLOCK_SIZE, NUM_BLOCKS, names_of, open_rig
 
 from kelp.core.clock import FakeClock
 from kelp.core.errors import DeadlineExceeded, InvalidRequest, WorkerLost
 from kelp.core.hashing import tenant_digest
-from kelp.core.kv_manager_messages import Join, Onboard, Store
+from kelp.core.kv_manager_messages import Commit, Join, Onboard, Store
 from kelp.core.metrics import KV_MANAGER_JOINED, OFFLOAD_BLOCKS
 from kelp.core.types import BlockId, SequenceHash
 from kelp.executor.base import Completed, SealedBlock
@@ -138,17 +138,78 @@ def test_blocks_of_a_store_without_an_answer_are_held_as_long_as_was_promised(tm
     asyncio.run(scenario())
 
 
-def test_not_more_is_held_than_an_eighth_of_the_pool(tmp_path: Path) -> None:
+def test_not_more_is_held_than_allowed(tmp_path: Path) -> None:
     async def scenario() -> None:
-        async with open_rig(tmp_path) as (host, (worker,)):
+        async with open_rig(tmp_path, **{"offload.max_blocks_in_flight": "3"}) as (host, (worker,)):
             gate = host.gates[Store] = asyncio.Event()
             prompt = list(range(1, 60)) * 2
             await worker.run(prompt)
             await until(lambda: worker.num_pinned > 0, "held blocks")
-            assert worker.num_pinned <= NUM_BLOCKS // 8
+            assert worker.num_pinned <= 3
             gate.set()
             await worker.stored(prompt)
             assert worker.counted(OFFLOAD_BLOCKS, outcome="postponed") > 0
+            await worker.quiet()
+
+    asyncio.run(scenario())
+
+
+def test_a_small_pool_goes_down_in_one_store_and_its_next_prompt_evicts_what_has_gone(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with open_rig(tmp_path) as (host, (worker,)):
+            prompt = list(range(1, 60)) * 2
+            await worker.run(prompt, max_tokens=1)
+            await worker.stored(prompt)
+            assert sum(len(call.blocks) for call in host.calls if isinstance(call, Store)) == len(names_of(prompt))
+            assert host.num_calls(Store) <= 2
+            gate = host.gates[Store] = asyncio.Event()
+            other = list(range(60, 0, -1))
+            await worker.run(other, max_tokens=1)
+            await worker.run([5] * (NUM_BLOCKS - 8) * BLOCK_SIZE, max_tokens=1)
+            assert worker.executor.count_cached(names_of(other)) == len(names_of(other)), "its Store is under way"
+            gate.set()
+            await worker.stored(other)
+            assert worker.counted(OFFLOAD_BLOCKS, outcome="evicted") == 0
+            await worker.quiet()
+
+    asyncio.run(scenario())
+
+
+def test_blocks_that_are_evicted_under_their_store_delay_nobody_and_are_never_given(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with open_rig(tmp_path) as (host, (worker,)):
+            stalled = host.faults.stall(host.faults.num_reads)
+            prompt = list(range(1, 60)) * 2
+            first = await worker.run(prompt)
+            await until(stalled.is_posted.is_set, "the READ")
+            for number in range(2):
+                life = await worker.run([number] * (NUM_BLOCKS - 4) * BLOCK_SIZE, max_tokens=1)
+                assert isinstance(life.end, Completed), "with the Store still under way"
+            stalled.resume()
+            await worker.quiet()
+            assert worker.counted(OFFLOAD_BLOCKS, outcome="evicted") >= len(names_of(prompt)) - NUM_BLOCKS // 8
+            (lost,) = [call.lost for call in host.calls if isinstance(call, Commit) and call.lost]
+            shelf = host.manager.space.host.shelf
+            assert not [name for name in lost if name in shelf]
+            assert [name for name in names_of(prompt) if name in shelf], "an eighth of the pool was left in peace"
+            again = await worker.run(prompt)
+            assert again.tokens == first.tokens
+            await worker.quiet()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("num_blocks", "is_urgent"), [(3, False), (NUM_BLOCKS - 2, True)])
+def test_a_store_is_urgent_when_little_else_could_be_evicted(tmp_path: Path, num_blocks: int, is_urgent: bool) -> None:
+    async def scenario() -> None:
+        async with open_rig(tmp_path) as (host, (worker,)):
+            gate = host.gates[Store] = asyncio.Event()
+            prompt = [3] * num_blocks * BLOCK_SIZE
+            await worker.run(prompt, max_tokens=1)
+            await until(lambda: host.num_calls(Store) > 0, "the store")
+            gate.set()
+            await worker.stored(prompt)
+            assert any(call.is_urgent for call in host.calls if isinstance(call, Store)) == is_urgent
             await worker.quiet()
 
     asyncio.run(scenario())
@@ -217,6 +278,24 @@ def test_the_buffer_takes_what_it_has_room_for_and_hands_out_one_tenant_at_a_tim
     buffer.give_back(2)
     assert buffer.keep([block(6)]) == 1
     assert [taken.block_id for taken in buffer.take(1)] == [3]
+
+
+def test_the_buffer_forgets_what_is_evicted_and_remembers_what_was_evicted_under_a_read() -> None:
+    buffer = OffloadBuffer(6, FakeClock(), lambda: None)
+    buffer.note_evicted([block(1).sequence_hash])
+    buffer.is_open = True
+    assert buffer.keep([block(number) for number in range(1, 7)]) == 6
+    assert [taken.block_id for taken in buffer.take(3)] == [1, 2, 3]
+    buffer.note_evicted([block(number).sequence_hash for number in (2, 4, 9)])
+    buffer.note_evicted([block(2).sequence_hash])
+    assert buffer.lost() == {block(2).sequence_hash}
+    assert (buffer.num_waiting, buffer.num_held, buffer.num_evicted) == (2, 5, 2)
+    assert buffer.keep([block(2), block(7)]) == 1, "computed again, so offered again"
+    buffer.give_back(3)
+    assert [taken.block_id for taken in buffer.take(9)] == [5, 6, 2]
+    assert buffer.lost() == frozenset()
+    buffer.give_back(3)
+    assert buffer.num_held == 0
 
 
 def test_stores_wait_for_company_and_take_a_tenth_of_the_time() -> None:

@@ -71,7 +71,7 @@ class Engine:
         self._on_retired = on_retired
         self._speculation = Speculation(rules.speculation, proposer)
         self.offers = SealOffers(pool)
-        self._scheduler = Scheduler(pool, rules.scheduler, self._speculation, self.offers.sealed)
+        self._scheduler = Scheduler(pool, rules.scheduler, self._speculation, self.offers)
         self._steps = Steps(Flights(runner, rules.max_in_flight), self._scheduler, self._speculation, clock)
         self._sequences: dict[str, Sequence] = {}
         self._retiring: list[Sequence] = []

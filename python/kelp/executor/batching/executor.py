@@ -17,10 +17,12 @@ from kelp.core.clock import Clock
 from kelp.core.errors import CapacityError, EngineFailed, InvalidRequest, KelpError, WorkerLost
 from kelp.core.kv_events import KVEventSink
 from kelp.core.messages import RequestTimings, RequestUsage
+from kelp.core.threads import show_thread_name
 from kelp.core.types import BlockId, FinishReason, HandoffShape, KVLayout, SequenceHash
 from kelp.executor.base import (
     Admitted,
     Completed,
+    EvictionWatch,
     ExecutorEvent,
     ExecutorLimits,
     ExecutorLoad,
@@ -40,6 +42,8 @@ from kelp.executor.batching.requests import check_request
 from kelp.kv.pool import BlockPool
 from kelp.text.grammar import GrammarCompiler
 
+ENGINE_THREAD = "kelp-executor"
+"""Name of the thread that an engine's steps run on, for the system too."""
 _log = logging.getLogger(__name__)
 _Command = Callable[[Engine], None]
 
@@ -81,7 +85,7 @@ class BatchingExecutor:
         self._step_began_s: float | None = None
         self._pool = BlockPool(parts.layout.num_blocks)
         self._engine = Engine(parts.runner, self._pool, parts.rules, clock, self._forget, parts.proposer)
-        self._thread = threading.Thread(target=self._run, name="kelp-executor", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=ENGINE_THREAD, daemon=True)
         self._thread.start()
 
     @property
@@ -162,7 +166,7 @@ class BatchingExecutor:
         """See `Executor`."""
         self._inbox.put(lambda engine: engine.release_export(request_id))
 
-    def watch_seals(self, watch: SealWatch, watermark: float | None) -> None:
+    def watch_seals(self, watch: SealWatch, watermark: float | None, on_evicted: EvictionWatch | None = None) -> None:
         """See `TieredExecutor`."""
 
         def guarded(blocks: Sequence[SealedBlock]) -> int:
@@ -172,7 +176,7 @@ class BatchingExecutor:
                 _log.exception("the watch on sealed blocks failed; it keeps none of %d", len(blocks))
                 return 0
 
-        self._inbox.put(lambda engine: engine.offers.watch(guarded, watermark))
+        self._inbox.put(lambda engine: engine.offers.watch(guarded, watermark, on_evicted))
 
     def release_kept(self, block_ids: Sequence[BlockId]) -> None:
         """See `TieredExecutor`."""
@@ -233,6 +237,7 @@ class BatchingExecutor:
         return guarded
 
     def _run(self) -> None:
+        show_thread_name()
         try:
             self._serve()
             self._engine.fail_all(WorkerLost("the executor is closing"))

@@ -1,7 +1,9 @@
 """Which sealed blocks lower tiers have yet to be told of, and which of them are kept still for that.
 
 Whoever watches takes what it has room for; the rest waits here for as long as the prefix cache has it, so that a burst,
-or a watcher that was away, loses nothing but what is evicted meanwhile. Belongs to the engine's thread.
+or a watcher that was away, loses nothing but what is evicted meanwhile. What has been taken is evicted last, and of
+that the first eighth of the pool only when a running sequence has to grow, so that some always arrives below. Belongs
+to the engine's thread.
 """
 
 from __future__ import annotations
@@ -13,11 +15,12 @@ from itertools import groupby, islice
 
 from kelp.core.kv_events import BlocksRemoved, KVEvent
 from kelp.core.types import BlockId, SequenceHash
-from kelp.executor.base import SealedBlock, SealWatch
+from kelp.executor.base import EvictionWatch, SealedBlock, SealWatch
 from kelp.executor.batching.schedulable import Sealable
 from kelp.executor.batching.sequence import Sequence
 from kelp.kv.pool import BlockPool
 
+_FIRM_SHARE = 8
 _MAX_TOLD_AT_ONCE = 64
 _MAX_WINDOW_BLOCKS = 1024
 """How far ahead of eviction write-back looks: it does so after every step that took a block."""
@@ -30,13 +33,16 @@ class SealOffers:
         self._pool = pool
         self._watch: SealWatch | None = None
         self._watermark: float | None = None
+        self._on_evicted: EvictionWatch | None = None
+        self._firm: set[BlockId] = set()
         self._untold: dict[SequenceHash, SealedBlock] = {}
         self._has_news = False
 
-    def watch(self, watch: SealWatch, watermark: float | None) -> None:
+    def watch(self, watch: SealWatch, watermark: float | None, on_evicted: EvictionWatch | None = None) -> None:
         """See `TieredExecutor.watch_seals`."""
         self._watch = watch
         self._watermark = watermark
+        self._on_evicted = on_evicted
         self._pool.watch(self._note)
 
     def sealed(self, sequence: Sequence, run: Sealable) -> None:
@@ -64,8 +70,17 @@ class SealOffers:
 
     def release(self, block_ids: Many[BlockId]) -> None:
         """See `TieredExecutor.release_kept`; there is room again."""
-        self._pool.unpin(block_ids)
+        self._pool.unpin(filter(self._pool.is_pinned, block_ids))
+        self._firm.difference_update(block_ids)
         self._has_news = True
+
+    def yield_kept(self) -> bool:
+        """A running sequence finds no block: kept ones may be evicted, too. Returns whether that helps."""
+        if self._on_evicted is None or not self._firm:
+            return False
+        self._firm.clear()
+        self._pool.loosen_pins()
+        return self._pool.num_available > 0
 
     def _due(self) -> list[SealedBlock]:
         if self._watermark is None:
@@ -75,8 +90,12 @@ class SealOffers:
         return [block for name in names if (block := self._untold.get(name)) is not None]
 
     def _keep(self, blocks: Iterable[SealedBlock]) -> None:
+        limit = self._pool.num_blocks if self._on_evicted is None else max(1, self._pool.num_blocks // _FIRM_SHARE)
         for block in blocks:
-            self._pool.pin((block.block_id,))
+            is_firm = len(self._firm) < limit
+            if is_firm:
+                self._firm.add(block.block_id)
+            self._pool.pin((block.block_id,), is_firm)
             del self._untold[block.sequence_hash]
 
     def _note(self, event: KVEvent) -> None:
@@ -84,3 +103,5 @@ class SealOffers:
             for name in event.hashes:
                 self._untold.pop(name, None)
             self._has_news = True
+            if self._on_evicted is not None:
+                self._on_evicted(event.hashes)

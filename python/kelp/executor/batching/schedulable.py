@@ -116,6 +116,7 @@ class Schedulable(Protocol):
 
 SchedulableT = TypeVar("SchedulableT", bound=Schedulable)
 _DraftedT = TypeVar("_DraftedT", contravariant=True)
+_OfferedT = TypeVar("_OfferedT", contravariant=True)
 
 
 class Drafting(Protocol[_DraftedT]):
@@ -130,3 +131,13 @@ class Drafting(Protocol[_DraftedT]):
 
     def draft(self, sequences: Sequence[_DraftedT], limits: Sequence[int]) -> list[int]:
         """Put up to `limits[i]` drafts behind the tokens of `sequences[i]`; returns how many each got."""
+
+
+class Offering(Protocol[_OfferedT]):
+    """Who offers blocks to lower tiers, and keeps some of them for that; `offers` does for the engine's."""
+
+    def sealed(self, sequence: _OfferedT, run: Sealable) -> None:
+        """The KV of these blocks became final."""
+
+    def yield_kept(self) -> bool:
+        """A running sequence finds no block; returns whether it does now."""

@@ -15,13 +15,12 @@ Decides and keeps the books; emits no events, runs no model.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Generic
 
 from kelp.core.types import BlockId, num_blocks_for
 from kelp.executor.batching.prefixes import PromisedBlocks
-from kelp.executor.batching.schedulable import Drafting, Schedulable, SchedulableT, Sealable, Stage
+from kelp.executor.batching.schedulable import Drafting, Offering, Schedulable, SchedulableT, Stage
 from kelp.executor.batching.shares import share_out
 from kelp.kv.pool import BlockPool
 
@@ -67,7 +66,7 @@ class Scheduler(Generic[SchedulableT]):
     """Queue, running set and block ownership of one engine.
 
     Args:
-        on_sealed: Told of blocks whose KV became final.
+        offers: See `Offering`.
     """
 
     def __init__(
@@ -75,9 +74,9 @@ class Scheduler(Generic[SchedulableT]):
         pool: BlockPool,
         limits: SchedulerLimits,
         speculation: Drafting[SchedulableT],
-        on_sealed: Callable[[SchedulableT, Sealable], None] | None = None,
+        offers: Offering[SchedulableT] | None = None,
     ) -> None:
-        self._on_sealed = on_sealed
+        self._offers = offers
         self._pool = pool
         self._limits = limits
         self._speculation = speculation
@@ -135,8 +134,8 @@ class Scheduler(Generic[SchedulableT]):
             if run is not None:
                 self._pool.seal_run(run.block_ids, run.hashes, run.parent)
                 self._promised.keep(run.hashes)
-                if self._on_sealed is not None and not is_known_below:
-                    self._on_sealed(sequence, run)
+                if self._offers is not None and not is_known_below:
+                    self._offers.sealed(sequence, run)
 
     def seconds_to_patience(self, now_s: float) -> float | None:
         """Time until requests no longer wait for a block of some import; None if none does."""
@@ -256,7 +255,7 @@ class Scheduler(Generic[SchedulableT]):
             Whether that was settled; if not, the plan is short.
         """
         while len(sequence.block_ids) < sequence.num_blocks_wanted:
-            if self._pool.num_available:
+            if self._pool.num_available or (self._offers is not None and self._offers.yield_kept()):
                 sequence.extend(self._pool.allocate(1))
                 continue
             victim = max(filter(_is_growing, self._running), key=_arrival)

@@ -55,7 +55,8 @@ class EventPublisher:
         self._wakee.setblocking(False)
         self._is_awake = False
         self._is_closing = False
-        self._drops = random.Random(epoch)
+        self._faults = random.Random(epoch)
+        self._late: StreamMessage | None = None
         self._thread = threading.Thread(target=self._run, name="kelp-kv-events", daemon=True)
 
     @property
@@ -151,9 +152,20 @@ class EventPublisher:
 
     def _send(self, messages: list[StreamMessage]) -> None:
         for message in messages:
-            if self._config.drop_share and self._drops.random() < self._config.drop_share:
+            if self._happens(self._config.drop_share):
+                continue
+            late, self._late = self._late, None
+            if late is None and self._happens(self._config.reorder_share):
+                self._late = message
                 continue
             self._send_one(message)
+            if self._happens(self._config.duplicate_share):
+                self._send_one(message)
+            if late is not None:
+                self._send_one(late)
+
+    def _happens(self, share: float) -> bool:
+        return share > 0 and self._faults.random() < share
 
     def _send_one(self, message: StreamMessage) -> None:
         # Frame by frame: `send_multipart` costs three times as much.

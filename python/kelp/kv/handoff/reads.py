@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from kelp.core.clock import Clock
 from kelp.core.errors import FatalTransferError, InternalError, KelpError
 from kelp.core.types import BlockId
+from kelp.kv.background import yield_to_others
 from kelp.transport.base import Agent, Peer, Transfer, TransferState
 
 _log = logging.getLogger(__name__)
@@ -50,12 +51,14 @@ class ReadLoop:
 
     Args:
         timeout_s: A READ that takes longer is given up with FatalTransferError.
+        can_wait: Nobody waits for these READs; see `kv.background`.
     """
 
-    def __init__(self, agent: Agent, clock: Clock, timeout_s: float) -> None:
+    def __init__(self, agent: Agent, clock: Clock, timeout_s: float, can_wait: bool = False) -> None:
         self._agent = agent
         self._clock = clock
         self._timeout_s = timeout_s
+        self._can_wait = can_wait
         self._submitted: queue.SimpleQueue[Read | None] = queue.SimpleQueue()
         self._posted: list[_Posted] = []
         self._thread = threading.Thread(target=self._run, name="kelp-kv-reads", daemon=True)
@@ -71,6 +74,8 @@ class ReadLoop:
         self._thread.join()
 
     def _run(self) -> None:
+        if self._can_wait:
+            yield_to_others()
         backoff_s = _MIN_BACKOFF_S
         while True:
             try:

@@ -9,6 +9,7 @@ from kelp.core.kv_manager_values import SlotRef
 from kelp.core.types import SequenceHash, Tier
 from kelp.kv.manager.books import BookParts, TierBooks
 from kelp.kv.manager.leases import LeaseTable
+from kelp.kv.manager.threads import TierThread
 from kelp.kv.tiers.base import BlockRecord, HostArena
 
 _VERIFIED_AT_ONCE_BYTES = 8 * 1024 * 1024
@@ -23,6 +24,8 @@ class HostTier(TierBooks):
     def __init__(self, arena: HostArena, lease_ttl_s: float, parts: BookParts) -> None:
         super().__init__(Tier.HOST, arena, parts)
         self.arena = arena
+        # Of its own, so that the calls that somebody waits for need not.
+        self.background = TierThread("kelp-kv-checksums", can_wait=True)
         self.leases = LeaseTable(parts.clock, lease_ttl_s, self.shelf.release)
         self._unverified: dict[SequenceHash, None] = {}
         self._to_commit: list[tuple[int, BlockRecord]] = []
@@ -63,11 +66,14 @@ class HostTier(TierBooks):
         self._start_committing()
         await super().forget_stale(slots)
 
-    async def checksums(self, slots: Sequence[int], names: Sequence[SequenceHash]) -> list[bytes]:
+    async def checksums(
+        self, slots: Sequence[int], names: Sequence[SequenceHash], can_wait: bool = False
+    ) -> list[bytes]:
         """Checksums of what lies in the slots, as the blocks of these names."""
         arena = self.arena
         pairs = list(zip(slots, names, strict=True))
-        return await self.thread.run(lambda: [arena.checksum(slot, name) for slot, name in pairs])
+        thread = self.background if can_wait else self.thread
+        return await thread.run(lambda: [arena.checksum(slot, name) for slot, name in pairs])
 
     def reference(self, slot: int) -> SlotRef:
         """A held slot, as a worker is told of it."""

@@ -1,12 +1,14 @@
 """READs of workers' blocks into slots of the host tier.
 
-A READ that is given up may still write: its slots are out of use until its worker is disconnected (`Members`).
+A READ that is given up may still write: its slots are out of use until its worker is disconnected (`Members`). Most
+READs give way to whoever computes; those that cannot wait have a thread of their own.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from kelp.core.clock import Clock
 from kelp.core.errors import DeadlineExceeded
@@ -23,41 +25,50 @@ _MAX_STORES = 4
 """That are read at once; the others wait, and their deadlines run."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Lane:
+    """A thread that READs, and how many stores may use it at a time."""
+
+    loop: ReadLoop
+    turns: asyncio.Semaphore
+
+
 class PoolReads:
     """See the module docstring; belongs to one event loop."""
 
     def __init__(self, agent: Agent, members: Members, block_bytes: int, clock: Clock) -> None:
         self._members = members
-        self._loop = ReadLoop(agent, clock, _READ_TIMEOUT_S)
         self._step = max(1, _READ_BYTES // block_bytes)
-        self._turns = asyncio.Semaphore(_MAX_STORES)
+        self._lanes = {
+            can_wait: _Lane(ReadLoop(agent, clock, _READ_TIMEOUT_S, can_wait), asyncio.Semaphore(_MAX_STORES))
+            for can_wait in (False, True)
+        }
 
-    async def read(self, member: Member, block_ids: Sequence[int], slots: Sequence[int], timeout_s: float) -> None:
-        """READ a worker's blocks into slots, pairwise.
+    async def read(self, member: Member, pairs: Sequence[tuple[int, int]], timeout_s: float, can_wait: bool) -> None:
+        """READ a worker's blocks into slots.
 
         Raises:
             KelpError: Some may still be written to until `Members.disconnect` returns.
         """
         try:
-            await asyncio.wait_for(self._read(member, block_ids, slots), timeout_s)
+            await asyncio.wait_for(self._read(member, pairs, self._lanes[can_wait]), timeout_s)
         except asyncio.TimeoutError:
             raise DeadlineExceeded(f"store: not read within hold_s {timeout_s:.3f}") from None
 
     def close(self) -> None:
-        """End the thread; the agent must be closed next."""
-        self._loop.close()
+        """End the threads; the agent must be closed next."""
+        for lane in self._lanes.values():
+            lane.loop.close()
 
-    async def _read(self, member: Member, block_ids: Sequence[int], slots: Sequence[int]) -> None:
+    async def _read(self, member: Member, pairs: Sequence[tuple[int, int]], lane: _Lane) -> None:
         peer = await self._members.peer(member)
-        async with self._turns:
+        async with lane.turns:
             reads = []
-            for begin in range(0, len(slots), self._step):
-                part = slice(begin, begin + self._step)
-                read = Read(
-                    peer, [BlockId(block) for block in block_ids[part]], [BlockId(slot) for slot in slots[part]]
-                )
+            for begin in range(0, len(pairs), self._step):
+                part = pairs[begin : begin + self._step]
+                read = Read(peer, [BlockId(block) for block, _ in part], [BlockId(slot) for _, slot in part])
                 reads.append(asyncio.wrap_future(read.finished))
-                self._loop.submit(read)
+                lane.loop.submit(read)
             try:
                 await asyncio.gather(*reads)
             finally:

@@ -184,7 +184,8 @@ class KvBlockManager:
         return _release(space, member, operation)
 
     async def _commit(self, space: Space, member: Member, operation: Commit) -> Result:
-        num_blocks = space.stores.commit((member.key, operation.store_id), operation.is_valid)
+        key, lost = (member.key, operation.store_id), frozenset(operation.lost)
+        num_blocks = space.stores.commit(key, operation.is_valid, lost)
         if num_blocks is None:
             return Unknown("store")
         await space.host.written()

@@ -222,6 +222,7 @@ class Space:
     def _close_threads(self, is_kept: bool) -> None:
         self.members.close()
         self._reads.close()
+        self.host.background.close()
         self.host.thread.close()
         for side in self._below:
             side.thread.close()

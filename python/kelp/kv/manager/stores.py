@@ -7,7 +7,7 @@ before its `Commit`. A store that is never committed is dropped a lease's length
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from kelp.core.errors import ProtocolError
@@ -89,15 +89,19 @@ class Stores:
         self._pending[key] = pending
         return Stored(len(pending.slots), num_known)
 
-    def commit(self, key: StoreKey, is_valid: bool) -> int | None:
-        """Make a store's blocks visible, or drop them; how many have become visible, None if there is no such store."""
+    def commit(self, key: StoreKey, is_valid: bool, lost: Collection[bytes] = ()) -> int | None:
+        """Make a store's blocks visible, or drop them, at least the `lost` ones.
+
+        Returns:
+            How many have become visible; None if there is no such store.
+        """
         pending = self._pending.get(key)
         if pending is None:
             return None
         del self._pending[key]
         settled: list[BlockRecord] = []
         for slot, record in zip(pending.slots, pending.records, strict=True):
-            if not is_valid:
+            if not is_valid or record.sequence_hash in lost:
                 self._host.shelf.drop(slot)
             elif self._host.settle(slot, record):
                 settled.append(record)
@@ -148,14 +152,15 @@ class Stores:
         try:
             await host.forget_stale(slots)
             left_s = operation.hold_s - (clock.monotonic_s() - start_s)
-            await self._reads.read(member, [block.block_id for block in wanted], slots, left_s)
+            pairs = [(block.block_id, slot) for block, slot in zip(wanted, slots, strict=True)]
+            await self._reads.read(member, pairs, left_s, can_wait=not operation.is_urgent)
         except BaseException:
             self._quarantine(member, slots)
             raise
         host.stats.moved(Tier.HOST, "write", len(slots) * host.block_bytes, clock.monotonic_s() - start_s)
         names = [SequenceHash(block.sequence_hash) for block in wanted]
         try:
-            checksums = await host.checksums(slots, names)
+            checksums = await host.checksums(slots, names, can_wait=not operation.is_urgent)
         except BaseException:
             self._drop(slots)
             raise

@@ -12,6 +12,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from kelp.core.errors import InternalError, KelpError
+from kelp.kv.background import yield_to_others
 
 _log = logging.getLogger(__name__)
 ResultT = TypeVar("ResultT")
@@ -33,12 +34,16 @@ async def to_its_end(work: Coroutine[Any, Any, None]) -> None:
 class TierThread:
     """Runs a tier's calls; asked from one event loop.
 
+    Args:
+        can_wait: Nobody waits for these calls; see `kv.background`.
+
     Attributes:
         num_waiting: Calls that have not ended.
     """
 
-    def __init__(self, name: str) -> None:
-        self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix=name)
+    def __init__(self, name: str, can_wait: bool = False) -> None:
+        begin = yield_to_others if can_wait else None
+        self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix=name, initializer=begin)
         self.num_waiting = 0
 
     def start(self, call: Callable[..., ResultT], *arguments: Any) -> asyncio.Future[ResultT]:

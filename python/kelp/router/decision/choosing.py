@@ -145,7 +145,7 @@ class Chooser:
         ready, pin = self._fleet.decoders, question.request.pinned_worker
         if not len(ready.slots):
             raise CapacityError("no decode worker is ready")
-        conditions = conditions_of(question.request)
+        conditions = conditions_of(question.request, self._table)
         if pin and not self._is_prefiller(pin):
             conditions.append(lambda record: is_pinned(record, pin))
         if not conditions and not question.avoid:
@@ -160,7 +160,7 @@ class Chooser:
         if not len(ready.slots):
             return ready
         layout = self._table.record(decode_slot).layout
-        conditions = [*conditions_of(question.request), lambda record: record.layout.is_compatible(layout)]
+        conditions = [*conditions_of(question.request, self._table), lambda record: record.layout.is_compatible(layout)]
         if pin and self._is_prefiller(pin):
             conditions.append(lambda record: is_pinned(record, pin))
         return narrow(self._table, ready, conditions, question.avoid)
@@ -248,4 +248,6 @@ def _demands(request: RoutingRequest) -> str:
     demands = [f"{name}={value}" for name, value in sorted(request.required_tags.items())]
     if request.pinned_worker:
         demands.append(f"the pinned name {request.pinned_worker!r}")
+    if request.model_id:
+        demands.append(f"the model {request.model_id[:12]}")
     return " and ".join(demands)

@@ -33,11 +33,11 @@ def narrow(
     return Candidates.of(np.array(slots, np.intp), table.num_slots)
 
 
-def conditions_of(request: RoutingRequest) -> list[Condition]:
-    """What the request demands of every worker that serves it."""
+def conditions_of(request: RoutingRequest, table: WorkerTable) -> list[Condition]:
+    """What the request demands of every worker that serves it, and not every worker meets."""
     required, model_id = request.required_tags.items(), request.model_id
     conditions: list[Condition] = []
-    if model_id:
+    if model_id and model_id != table.only_model_id:
         conditions.append(lambda record: record.layout.model_id == model_id)
     if required:
         conditions.append(lambda record: required <= record.tags.items())

@@ -83,4 +83,19 @@ class SlotTable(Generic[RecordT]):
 
 
 class WorkerTable(SlotTable[WorkerRecord]):
-    """The workers."""
+    """The workers.
+
+    Attributes:
+        only_model_id: What all of them serve; empty if that is not the same.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.only_model_id = ""
+
+    def update(self, records: Iterable[WorkerRecord]) -> None:
+        """See `SlotTable`."""
+        known = list(records)
+        super().update(known)
+        model_ids = {record.layout.model_id for record in known}
+        self.only_model_id = model_ids.pop() if len(model_ids) == 1 else ""

@@ -1,4 +1,4 @@
-"""Offering sealed blocks to the manager: keep them still while it READs them, commit, let go.
+"""Offering sealed blocks to the manager: keep them while it READs them, commit those that were not evicted, let go.
 
 Whatever happens, each kept block is released once. A Store whose answer does not come is released when its `hold_s` has
 passed, because the READ may go on that long; it is never committed, so nobody gets what is read afterwards.
@@ -18,7 +18,7 @@ from kelp.core.hashing import tenant_digest
 from kelp.core.kv_manager_messages import Commit, Done, Store, Stored
 from kelp.core.kv_manager_values import OfferedBlock
 from kelp.core.metrics import OFFLOAD_BLOCKS, Metrics
-from kelp.core.types import WorkerKey
+from kelp.core.types import SequenceHash, WorkerKey
 from kelp.executor.base import SealedBlock, TieredExecutor
 from kelp.worker.tiers.buffer import OffloadBuffer
 from kelp.worker.tiers.link import Link
@@ -29,8 +29,8 @@ _STORE_BYTES = 16 * 1024 * 1024
 """A Store is a burst of memory traffic; larger ones are cut."""
 _MIN_HOLD_S = 2.0
 _ANSWER_MARGIN_S = 0.5
-_MAX_POOL_SHARE = 8
-"""At most one block of so many is held still."""
+_ROOMY_SHARE = 4
+"""A pool of which one block of so many can be evicted without loss leaves the manager its time."""
 _NOBODY = tenant_digest("")
 
 
@@ -54,21 +54,21 @@ class Offloader:
         self._parts = parts
         layout = parts.executor.layout
         self._has_blocks = asyncio.Event()
-        limit = max(1, min(parts.config.max_blocks_in_flight, layout.num_blocks // _MAX_POOL_SHARE))
+        limit = min(parts.config.max_blocks_in_flight, layout.num_blocks)
         self._loop = asyncio.get_running_loop()
         self.buffer = OffloadBuffer(limit, parts.clock, self._wake)
         self._max_store_blocks = max(1, _STORE_BYTES // layout.block_bytes)
         self._hold_s = max(_MIN_HOLD_S, 2 * parts.config.call_timeout_s)
         self._numbers = itertools.count(1)
         self._pace = Pace()
-        self._num_postponed = 0
+        self._counted = {"postponed": 0, "evicted": 0}
         self._holding: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
         """Have the executor tell of its blocks; before its first request."""
         config = self._parts.config
         watermark = config.write_back_watermark if config.mode == "write-back" else None
-        self._parts.executor.watch_seals(self.buffer.keep, watermark)
+        self._parts.executor.watch_seals(self.buffer.keep, watermark, self.buffer.note_evicted)
 
     def note_manager(self, is_there: bool) -> None:
         """Blocks are kept only while a manager is there to take them."""
@@ -114,6 +114,12 @@ class Offloader:
                 return
             await asyncio.sleep(min(wait_s, 0.05))
 
+    def _is_short(self) -> bool:
+        """Whether few blocks could be evicted before those that are on their way down."""
+        load = self._parts.executor.load()
+        num_others = load.num_free_blocks + load.num_cached_blocks - self.buffer.num_held
+        return num_others * _ROOMY_SHARE < self._parts.executor.layout.num_blocks
+
     async def _store(self, link: Link, blocks: Sequence[SealedBlock]) -> None:
         start_s = self._parts.clock.monotonic_s()
         store = Store(
@@ -122,6 +128,7 @@ class Offloader:
             tenant=blocks[0].tenant or _NOBODY,
             hold_s=self._hold_s,
             blocks=tuple(map(_offered, blocks)),
+            is_urgent=self._is_short(),
         )
         try:
             result = await self._parts.membership.call(link, store, self._hold_s + _ANSWER_MARGIN_S)
@@ -130,16 +137,18 @@ class Offloader:
         except KelpError:
             self._release_later(blocks, start_s + self._hold_s)
             return
+        lost = self.buffer.lost()
         self._release(blocks)
-        num_stored = await self._commit(link, store) if result.num_read else 0
+        num_stored = await self._commit(link, store, lost) if result.num_read else 0
         num_known = min(result.num_known, len(blocks))
         self._count(num_stored, "stored")
         self._count(num_known, "known")
-        self._count(len(blocks) - num_stored - num_known, "refused")
+        self._count(len(blocks) - num_stored - num_known - len(lost), "refused")
 
-    async def _commit(self, link: Link, store: Store) -> int:
-        """The blocks were held until the answer came; returns how many can be found below from now on."""
-        commit = Commit(store.worker_id, store.epoch, store.store_id)
+    async def _commit(self, link: Link, store: Store, lost: frozenset[SequenceHash]) -> int:
+        """All but the lost blocks were held until the answer came; returns how many can be found below from now on."""
+        is_valid = len(lost) < len(store.blocks)
+        commit = Commit(store.worker_id, store.epoch, store.store_id, is_valid, tuple(lost) if is_valid else ())
         try:
             result = await self._parts.membership.call(link, commit, self._parts.config.call_timeout_s)
         except KelpError:
@@ -166,10 +175,13 @@ class Offloader:
     def _count(self, num_blocks: int, outcome: str) -> None:
         if num_blocks > 0:
             self._parts.metrics.add(OFFLOAD_BLOCKS, num_blocks, worker=self._parts.name, outcome=outcome)
-        num_postponed = self.buffer.num_postponed
-        if num_postponed > self._num_postponed:
-            added, self._num_postponed = num_postponed - self._num_postponed, num_postponed
-            self._parts.metrics.add(OFFLOAD_BLOCKS, added, worker=self._parts.name, outcome="postponed")
+        self._count_total(self.buffer.num_postponed, "postponed")
+        self._count_total(self.buffer.num_evicted, "evicted")
+
+    def _count_total(self, total: int, outcome: str) -> None:
+        added, self._counted[outcome] = total - self._counted[outcome], total
+        if added:
+            self._parts.metrics.add(OFFLOAD_BLOCKS, added, worker=self._parts.name, outcome=outcome)
 
 
 def _offered(block: SealedBlock) -> OfferedBlock:

@@ -1,0 +1,122 @@
+"""Faults of what a fleet writes to and reads from: registry, shared memory, disk, object store."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import shutil
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from kelp.chaos.done import Victimless
+from kelp.chaos.faults import OF_STORE, Fault, FaultKind
+from kelp.chaos.fleet import ServedFleet
+from kelp.chaos.room import Room
+
+_NUM_FLIPPED = 64
+_SLOT_FILE_BYTES = 65536
+_MAX_RENAMES = 100
+_MIB = 1 << 20
+
+
+class StorageFaults:
+    """Does them to a fleet of ours; every action takes a fault and tells what it did.
+
+    Attributes:
+        actions: By kind.
+    """
+
+    def __init__(self, fleet: ServedFleet, rng: random.Random) -> None:
+        self._fleet = fleet
+        self._rng = rng
+        self.actions: dict[FaultKind, Callable[[Fault], Awaitable[str]]] = {
+            FaultKind.REGISTRY_GONE: self._hide_registry,
+            FaultKind.BLOCK_CORRUPTED: self._corrupt_block,
+            FaultKind.MEMORY_FULL: self._fill_memory,
+            FaultKind.DISK_FULL: self._fill_disk,
+            FaultKind.DISK_SLOW: self._slow_disk,
+            **dict.fromkeys(OF_STORE, self._break_store),
+        }
+
+    async def _hide_registry(self, fault: Fault) -> str:
+        registry = self._fleet.registry
+        await _without(registry, fault.lasts_s)
+        return f"{registry.name} away for {fault.lasts_s:.1f} s"
+
+    async def _corrupt_block(self, _: Fault) -> str:
+        files = [path for path in self._fleet.seen(self._fleet.disk).rglob("*") if _is_slot_file(path)]
+        if not files:
+            raise Victimless("there is nothing on disk")
+        path = self._rng.choice(sorted(files))
+        corrupt(path, self._rng, _NUM_FLIPPED)
+        return f"{_NUM_FLIPPED} bytes of {path.name}"
+
+    async def _fill_memory(self, fault: Fault) -> str:
+        num_bytes = await self._room.fill_memory(fault.lasts_s)
+        return f"{num_bytes // _MIB} MiB of /dev/shm taken for {fault.lasts_s:.1f} s"
+
+    async def _fill_disk(self, fault: Fault) -> str:
+        num_bytes = await self._room.fill_disk(fault.lasts_s)
+        return f"{num_bytes // _MIB} MiB of the disk taken for {fault.lasts_s:.1f} s"
+
+    async def _slow_disk(self, fault: Fault) -> str:
+        await self._room.slow_disk(fault.lasts_s)
+        return f"writes wait, for {fault.lasts_s:.1f} s"
+
+    async def _break_store(self, fault: Fault) -> str:
+        relay = self._fleet.store_relay
+        if relay is None:
+            raise Victimless("there is no object store")
+        before = relay.num_spoiled
+        await relay.suffer(fault.kind, fault.lasts_s)
+        spoiled = f", {relay.num_spoiled - before} pieces spoiled" if fault.kind is FaultKind.STORE_CORRUPT else ""
+        return f"for {fault.lasts_s:.1f} s{spoiled}"
+
+    @property
+    def _room(self) -> Room:
+        if self._fleet.room is None:
+            raise Victimless(self._fleet.no_room)
+        return self._fleet.room
+
+
+def corrupt(path: Path, rng: random.Random, num_bytes: int) -> None:
+    """Turn over bits of bytes all over a file."""
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        for place in (rng.randrange(size) for _ in range(num_bytes)):
+            file.seek(place)
+            byte = file.read(1)
+            file.seek(place)
+            file.write(bytes([byte[0] ^ 0xFF]))
+
+
+def _is_slot_file(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size >= _SLOT_FILE_BYTES
+
+
+async def _without(folder: Path, seconds: float) -> None:
+    """A file in the folder's place: nothing in it can be read, and nobody makes it anew."""
+    if not folder.is_dir():
+        raise Victimless(f"{folder.name} is away already")
+    away, plug = folder.with_name(f"{folder.name}.away"), folder.with_name(f"{folder.name}.plug")
+    plug.touch()
+    folder.rename(away)
+    try:
+        put_in_place(plug, folder)
+        await asyncio.sleep(seconds)
+    finally:
+        put_in_place(away, folder)
+
+
+def put_in_place(source: Path, target: Path) -> None:
+    """Rename, whatever is there: a writer that finds no folder makes one, between any two steps of ours."""
+    for _ in range(_MAX_RENAMES):
+        with contextlib.suppress(OSError):
+            if target.is_dir():
+                shutil.rmtree(target)
+            elif source.is_dir():
+                target.unlink(missing_ok=True)
+            source.rename(target)
+            return
+    source.rename(target)

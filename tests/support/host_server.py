@@ -1,0 +1,77 @@
+"""A real `kelp serve` on a host of its own (`support.net_hosts`), known to the others through etcd."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from kelp.core.config import load_config
+from kelp.registry.access import RegistryAccess, open_registry
+from kelp.registry.base import WorkerRecord
+from support.debian import find_library
+from support.net_hosts import NetHost
+from support.serving import KelpServer
+
+_POST = """
+import sys, urllib.request
+url, body = sys.argv[1:]
+request = urllib.request.Request(url, body.encode(), {"Content-Type": "application/json"})
+sys.stdout.write(urllib.request.urlopen(request, timeout=60).read().decode())
+"""
+
+
+def _faketime() -> Path | None:
+    return find_library("*/faketime/libfaketimeMT.so.1")
+
+
+def why_no_skew() -> str | None:
+    """What this machine lacks for clocks that go wrong, or None."""
+    return None if _faketime() else "there is no faketime (scripts/setup.sh test, or apt-get install faketime)"
+
+
+class HostServer(KelpServer):
+    """Mock workers that serve whole requests.
+
+    Args:
+        ahead_s: The host's clocks are ahead of all others by this; needs faketime.
+    """
+
+    def __init__(self, host: NetHost, settings: dict[str, object], ahead_s: int = 0) -> None:
+        address = host.address
+        own = {"events.host": address, "replicas.host": address}
+        super().__init__("aggregated", settings={**settings, **own}, arguments=("--engine", "mock", "--host", address))
+        self.host = host
+        faked = ("env", f"LD_PRELOAD={_faketime()}", f"FAKETIME={ahead_s:+d}s") if ahead_s else ()
+        self._arguments = [*host.prefix, *faked, *self._arguments]
+        self._registry: RegistryAccess | None = None
+
+    @property
+    def grpc_endpoint(self) -> str:
+        return f"{self.host.address}:{self.grpc_port}"
+
+    @property
+    def http_url(self) -> str:
+        return f"http://{self.host.address}:{self.http_port}"
+
+    def all_records(self) -> list[WorkerRecord]:
+        """Registered workers of all hosts, as this one could read them."""
+        if self._registry is None:
+            self._registry = open_registry(load_config(path=self.run_folder / "kelp.yaml").registry, self.peer_token)
+        return self._registry.workers.snapshot()
+
+    def records(self) -> dict[str, WorkerRecord]:
+        """Its own registered workers by model name."""
+        own = [record for record in self.all_records() if record.endpoint == self.grpc_endpoint]
+        return {record.model_name: record for record in own}
+
+    def ask_from_inside(self, **fields: Any) -> dict[str, Any]:
+        """One request by a client on the host itself, which needs no link."""
+        url = f"{self.http_url}/v2/models/llm/generate"
+        command = [*self.host.prefix, sys.executable, "-c", _POST, url, json.dumps(fields)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+        assert done.returncode == 0, done.stderr
+        answer: dict[str, Any] = json.loads(done.stdout)
+        return answer
