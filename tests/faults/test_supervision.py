@@ -1,4 +1,4 @@
-"""Dead models are loaded again by `kelp supervise`, which may die itself; a request that kills workers is refused.
+"""Dead models are loaded again by `kelp supervise`, which may die itself; bad requests and bad workers are told apart.
 
 The tests of this file share one server of mock workers, none of which `kelp serve` looks after.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -19,12 +20,17 @@ from support.serving import CLI, HOST, KelpServer, clean_environment, new_log
 from support.waiting import wait_until
 
 FATAL_TOKEN = 7777
+HANG_TOKEN = 8888
+HANG_S = 12.0
 LONG = 300
 EXPIRY_S = 3.0
 BACK_S = 90.0
 SETTINGS: dict[str, object] = {
     "kv_manager.enabled": False,
     "mock.fatal_token_id": FATAL_TOKEN,
+    "mock.hang_token_id": HANG_TOKEN,
+    "mock.hang_s": HANG_S,
+    "watchdog.step_timeout_s": HANG_S / 3,
     "registry.heartbeat_s": 0.5,
     "registry.expiry_s": EXPIRY_S,
     "router.suspect_wait_s": 30.0,
@@ -147,3 +153,21 @@ def test_a_supervisor_that_was_killed_is_replaced_and_makes_good_what_it_missed(
     supervisor.start()
     wait_until(lambda: epochs(fleet).get("decode_2") not in (None, before["decode_2"]), "the worker", BACK_S)
     wait_until(lambda: supervisor.said.count("decode_2 is back") >= 1, "word of it", 30.0)
+
+
+def test_a_worker_whose_engine_hangs_is_left_by_its_requests_and_serves_again_when_it_goes_on(
+    fleet: KelpServer, supervisor: Supervisor
+) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        hanging = pool.submit(
+            fleet.ask, input_ids=np.array([5, HANG_TOKEN, 9], dtype=np.int32), max_tokens=4, ignore_eos=True
+        )
+        wait_until(lambda: "stuck" in states(fleet), "a stuck worker", 60.0)
+        assert len(fleet.ask(text_input="Hello", max_tokens=4, ignore_eos=True).token_ids) == 4
+        # It hangs at every worker the first time; the first that goes on serves it.
+        assert len(hanging.result(120.0).token_ids) == 4
+    wait_until(lambda: states(fleet) == {"ready"}, "all going on", 60.0)
+
+
+def states(server: KelpServer) -> set[str]:
+    return {record.state.value for record in server.records().values()}

@@ -129,6 +129,10 @@ class MockConfig(_Group):
     """The worker that is played."""
     fatal_token_id: Annotated[int, Field(ge=-1)] = -1
     """Computing this token kills the worker's process, as an engine's crash would; -1 for none."""
+    hang_token_id: Annotated[int, Field(ge=-1)] = -1
+    """Computing this token for the first time takes `hang_s`; -1 for none."""
+    hang_s: _Positive = 10.0
+    """How long."""
 
 
 class HandoffConfig(_Group):
@@ -164,8 +168,8 @@ class RouterConfig(_Group):
     max_migrations: Annotated[int, Field(ge=0, le=16)] = 3
     """How often a sequence goes on at another worker, or tries the same one again, before it fails."""
     recovery_wait_s: Annotated[float, Field(ge=0)] = 15.0
-    """How long an answer that has begun, or whose worker has died, waits for a worker when none is left: a supervisor
-    may be restarting one."""
+    """How long an answer that has begun, or whose worker has died, drains or hangs, waits for a worker when none is left:
+    a supervisor may be restarting one."""
     suspect_wait_s: Annotated[float, Field(ge=0)] = 2.0
     """How long a request whose worker died before its first token waits for one where no other such request is."""
     max_prefill_retries: Annotated[int, Field(ge=0, le=10)] = 1

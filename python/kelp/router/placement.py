@@ -130,22 +130,22 @@ class Placer:
         self._admission = admission
         self._ledger = ledger
         self._clock = clock
-        self._died: dict[WorkerKey, int] = {}
+        self._left: dict[WorkerKey, int] = {}
         self.update()
 
     def update(self) -> None:
         """The view has been refreshed: take it over."""
         records = self._view.records()
         beats_ns = {key_of(record): record.heartbeat_ns for record in records}
-        # With a heartbeat since, only the way to the worker had broken.
-        self._died = {key: beat_ns for key, beat_ns in self._died.items() if beats_ns.get(key) == beat_ns}
-        self._selector.set_workers([record for record in records if key_of(record) not in self._died])
+        # What has changed since tells the truth: gone, not ready, or only the way to it had broken.
+        self._left = {key: beat_ns for key, beat_ns in self._left.items() if beats_ns.get(key) == beat_ns}
+        self._selector.set_workers([record for record in records if key_of(record) not in self._left])
         self._admission.wake()
 
-    def died(self, record: WorkerRecord) -> None:
-        """A worker's process seems to have ended: nobody is sent there until it shows itself again."""
+    def leave(self, record: WorkerRecord) -> None:
+        """A worker has ended or gives its requests up: nobody is sent there until it renews its record."""
         latest = next((known for known in self._view.records() if key_of(known) == key_of(record)), record)
-        self._died[key_of(record)] = latest.heartbeat_ns
+        self._left[key_of(record)] = latest.heartbeat_ns
         self.update()
 
     async def place(

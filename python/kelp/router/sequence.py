@@ -10,7 +10,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kelp.client.base import WorkerOutput
-from kelp.core.errors import CapacityError, EngineFailed, KelpError, MigrationsExceeded, WorkerDied, WorkerLost
+from kelp.core.errors import (
+    CapacityError,
+    EngineFailed,
+    KelpError,
+    MigrationsExceeded,
+    WorkerDied,
+    WorkerDraining,
+    WorkerLost,
+    WorkerStuck,
+)
 from kelp.core.metrics import RETRIES, Metrics
 from kelp.core.types import FinishReason, WorkerKey
 from kelp.router.attempt import Attempt, AttemptParts
@@ -33,7 +42,7 @@ class SequenceParts:
         eos_token_ids: Ids that end a sequence.
         max_prefill_retries: Other prefill workers tried before the decode worker computes the prompt itself.
         max_migrations: Further attempts after the first one.
-        recovery_wait_s: How long a sequence that has begun, or whose worker died, waits where no worker is left.
+        recovery_wait_s: How long a sequence that has begun, or whose worker has gone, waits where no worker is left.
         suspects: Requests that may have killed a worker.
     """
 
@@ -61,7 +70,7 @@ class SequenceRun:
         self._failed: set[WorkerKey] = set()
         self._num_handoff_failures = 0
         self._num_engine_failures = 0
-        self._has_seen_death = False
+        self._was_given_up = False
         self._task: asyncio.Task[object] | None = None
         self._is_stopped = False
         self._attempt: Attempt | None = None
@@ -151,9 +160,9 @@ class SequenceRun:
         return await self._parts.suspects.place(self._job.suspicion, find)
 
     async def _find(self, request: RoutingRequest, avoid: frozenset[WorkerKey], allow_prefill: bool) -> Placement:
-        """A request that resumes, or whose worker has died, waits for a worker to come back."""
+        """A request that resumes, or whose worker has gone, waits for a worker to come back."""
         loop = asyncio.get_running_loop()
-        is_patient = request.is_resumed or self._has_seen_death
+        is_patient = request.is_resumed or self._was_given_up
         give_up_s = loop.time() + (self._parts.recovery_wait_s if is_patient else 0.0)
         while True:
             try:
@@ -176,9 +185,9 @@ class SequenceRun:
     def _note_failure(self, attempt: Attempt, error: KelpError) -> None:
         if error.is_retryable:
             self._parts.metrics.add(RETRIES, reason=error.code.lower())
-        if attempt.failure is not None and isinstance(error, WorkerDied):
-            self._has_seen_death = True
-            self._parts.placer.died(attempt.failure.worker)
+        if attempt.failure is not None and isinstance(error, (WorkerDied, WorkerStuck, WorkerDraining)):
+            self._was_given_up = True
+            self._parts.placer.leave(attempt.failure.worker)
         if attempt.failure is not None and isinstance(error, (WorkerLost, CapacityError, EngineFailed)):
             self._failed.add(key_of(attempt.failure.worker))
         if attempt.is_handoff_failure:

@@ -21,9 +21,9 @@ from kelp.core.types import Role
 from kelp.executor.base import Completed, ExecutorEvent, Failed, Reserved, Tokens
 from kelp.executor.batching.batch import Chunk
 from kelp.executor.mock.executor import Delays, MockExecutor
-from kelp.executor.mock.fatal import FatalRunner
 from kelp.executor.mock.language import EMPTY, next_states
 from kelp.executor.mock.load import load_mock_executor, load_mock_parts
+from kelp.executor.mock.mishaps import Hang, MishapRunner
 from kelp.executor.mock.runner import MockRunner
 from support.waiting import wait_until
 
@@ -174,7 +174,7 @@ def test_only_a_step_that_computes_the_fatal_token_crashes() -> None:
     launched: list[Sequence[Chunk]] = []
     ends: list[str] = []
     inner = SimpleNamespace(launch=launched.append)
-    runner = FatalRunner(inner, 7, end=lambda: ends.append("crash"))
+    runner = MishapRunner(inner, 7, lambda: ends.append("crash"))
     harmless, fatal = (Chunk(np.array(tokens, dtype=np.int32), 0, ()) for tokens in ([1, 2, 17], [3, 7]))
     runner.launch([harmless])
     assert ends == [] and launched == [[harmless]]
@@ -182,7 +182,15 @@ def test_only_a_step_that_computes_the_fatal_token_crashes() -> None:
     assert ends == ["crash"]
 
 
+def test_an_engine_that_recovers_hangs_once() -> None:
+    slept: list[float] = []
+    hang = Hang(7.0, slept.append)
+    for _ in range(3):
+        hang()
+    assert slept == [7.0]
+
+
 def test_without_a_fatal_token_nothing_stands_between_engine_and_runner(folder: Path) -> None:
     assert isinstance(load_mock_parts(folder, executor_config(), MockConfig()).batching.runner, MockRunner)
-    fatal = MockConfig(fatal_token_id=0)
-    assert isinstance(load_mock_parts(folder, executor_config(), fatal).batching.runner, FatalRunner)
+    for mishap in (MockConfig(fatal_token_id=0), MockConfig(hang_token_id=0)):
+        assert isinstance(load_mock_parts(folder, executor_config(), mishap).batching.runner, MishapRunner)

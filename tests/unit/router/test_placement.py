@@ -155,7 +155,7 @@ def test_nobody_is_sent_to_a_worker_that_died_until_it_shows_itself_again() -> N
     workers = FakeWorkers(d1)
     chosen = open_desk(workers)
     # The record that the failed request was placed by may be older than the latest one.
-    chosen.placer.died(d1.model_copy(update={"heartbeat_ns": 3}))
+    chosen.placer.leave(d1.model_copy(update={"heartbeat_ns": 3}))
     with pytest.raises(CapacityError):
         names_at(chosen)
     workers.known = [d1.model_copy(update={"heartbeat_ns": 6})]
@@ -166,7 +166,7 @@ def test_the_successor_of_a_worker_that_died_serves_at_once() -> None:
     d1 = record("d1")
     workers = FakeWorkers(d1)
     chosen = open_desk(workers)
-    chosen.placer.died(d1)
+    chosen.placer.leave(d1)
     workers.known = [d1, d1.model_copy(update={"epoch": "another"})]
     chosen.placer.update()
     for number in range(3):

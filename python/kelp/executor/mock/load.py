@@ -19,9 +19,9 @@ from kelp.executor.batching.scheduler import SchedulerLimits
 from kelp.executor.batching.speculation import SpeculationRules
 from kelp.executor.mock.drafts import Foresight
 from kelp.executor.mock.executor import MockExecutor
-from kelp.executor.mock.fatal import FatalRunner
 from kelp.executor.mock.language import Vocabulary
 from kelp.executor.mock.memory import KVMemory, mock_layout
+from kelp.executor.mock.mishaps import Hang, MishapRunner, die
 from kelp.executor.mock.pace import Pace, RealPace
 from kelp.executor.mock.runner import MockRunner, Pacing
 from kelp.text.model_files import first_positive_int, read_json
@@ -85,7 +85,9 @@ def load_mock_parts(
     )
     runner: ModelRunner = MockRunner(memory, vocabulary, None if timing is None else Pacing(timing, make_pace()))
     if mock.fatal_token_id >= 0:
-        runner = FatalRunner(runner, mock.fatal_token_id)
+        runner = MishapRunner(runner, mock.fatal_token_id, die)
+    if mock.hang_token_id >= 0:
+        runner = MishapRunner(runner, mock.hang_token_id, Hang(mock.hang_s))
     batching = BatchingExecutorParts(
         runner=runner,
         layout=layout,
