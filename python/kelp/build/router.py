@@ -18,7 +18,7 @@ from kelp.core.outbox import Outbox
 from kelp.core.peer_auth import PeerToken, token_of_server
 from kelp.registry.access import open_registry
 from kelp.registry.view import RecordsView, RegistryView
-from kelp.router.attempt import AttemptParts, Patience
+from kelp.router.attempt import AttemptParts, Patience, address_of
 from kelp.router.relay import RelayItem
 from kelp.router.service import Preprocess, RouterParts, RouterService, StreamCloser
 from kelp.router.stack import Registries, RoutingStack
@@ -66,6 +66,7 @@ class RouterAssembly:
         registries = Registries(view, managers, registry.routers, traffic)
         self._stack = RoutingStack(config, router_id, registries, clock, metrics, token)
         self._client = build_client(config, token)
+        self._stack.on_workers = lambda ready: self._client.expect(map(address_of, ready))
         self._closer = StreamCloser()
         self._outbox: Outbox[RelayItem] = Outbox("kelp-relay")
         self._cancel_watch = CancelWatch(config.router.cancel_poll_s)

@@ -6,7 +6,7 @@ another host's makes no difference. A worker that also listens by itself says wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -87,6 +87,9 @@ class WorkerClient(Protocol):
         Raises:
             KelpError: The worker's typed error, or WorkerLost when the connection broke.
         """
+
+    def expect(self, addresses: Iterable[WorkerAddress]) -> None:
+        """Requests may come for these: what takes time is done beforehand, so that none has to go the longer way."""
 
     def has_gone(self, address: WorkerAddress) -> bool:
         """Whether this incarnation is known to have ended; False: perhaps."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import numpy.typing as npt
 
@@ -38,6 +40,12 @@ class ShortestWay:
         if connection is None:
             return await self._triton.control(address, command)
         return await connection.control(command or StatusCommand())
+
+    def expect(self, addresses: Iterable[WorkerAddress]) -> None:
+        """See `WorkerClient`."""
+        for address in addresses:
+            if address.direct_endpoint:
+                self._direct.prepare(address)
 
     def has_gone(self, address: WorkerAddress) -> bool:
         """See `WorkerClient`."""

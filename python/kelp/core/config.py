@@ -168,7 +168,7 @@ class RouterConfig(_Group):
     max_migrations: Annotated[int, Field(ge=0, le=16)] = 3
     """How often a sequence goes on at another worker, or tries the same one again, before it fails."""
     recovery_wait_s: Annotated[float, Field(ge=0)] = 15.0
-    """How long an answer that has begun, or whose worker has died, drains or hangs, waits for a worker when none is left:
+    """How long an answer that has begun, or whose worker died, drains or hangs, waits for a worker when none is left:
     a supervisor may be restarting one."""
     suspect_wait_s: Annotated[float, Field(ge=0)] = 2.0
     """How long a request whose worker died before its first token waits for one where no other such request is."""

@@ -27,6 +27,11 @@ _LIVENESS_CHECK_S = 1.0
 _End = KelpError | None
 
 
+def address_of(record: WorkerRecord) -> WorkerAddress:
+    """Where a worker listens."""
+    return WorkerAddress(record.endpoint, record.model_name, record.direct_endpoint, record.epoch)
+
+
 @dataclass(frozen=True, slots=True)
 class Patience:
     """How long a worker may take, seconds.
@@ -91,7 +96,7 @@ class WorkerLeg:
     def __init__(self, parts: AttemptParts, record: WorkerRecord) -> None:
         self._parts = parts
         self._record = record
-        self._address = WorkerAddress(record.endpoint, record.model_name, record.direct_endpoint, record.epoch)
+        self._address = address_of(record)
         self._stream: WorkerStream | None = None
         self._kept: list[WorkerOutput | _End] = []
         self._on_output: Callable[[WorkerOutput], None] | None = None

@@ -6,6 +6,7 @@ Knows neither text nor the client; what it gets of tokens it hands on.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -32,6 +33,8 @@ _MAX_ENGINE_FAILURES = 3
 """A request in whose company so many steps fail may be the reason: it is not tried on the rest of the fleet."""
 
 _RECOVERY_POLL_S = 0.25
+_REST_S = 1.0
+"""Before the same worker is tried again, where it is the only one left: a connection needs as long to come back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,7 @@ class SequenceRun:
         self._job = job
         self._on_output = on_output
         self._failed: set[WorkerKey] = set()
+        self._lost_s: dict[WorkerKey, float] = {}
         self._num_handoff_failures = 0
         self._num_engine_failures = 0
         self._was_given_up = False
@@ -166,11 +170,17 @@ class SequenceRun:
         give_up_s = loop.time() + (self._parts.recovery_wait_s if is_patient else 0.0)
         while True:
             try:
-                return await self._parts.placer.place(request, avoid, allow_prefill)
+                placement = await self._parts.placer.place(request, avoid, allow_prefill)
             except CapacityError:
                 if loop.time() >= give_up_s:
                     raise
-            await asyncio.sleep(_RECOVERY_POLL_S)
+                await asyncio.sleep(_RECOVERY_POLL_S)
+                continue
+            rest_s = self._lost_s.get(key_of(placement.decode), -math.inf) + _REST_S - loop.time()
+            if rest_s <= 0:
+                return placement
+            placement.end(is_completed=False)
+            await asyncio.sleep(min(rest_s, _RECOVERY_POLL_S))
 
     def _heard_in(self, stay: Stay) -> Callable[[WorkerOutput], None]:
         if not stay.is_watched:
@@ -190,6 +200,8 @@ class SequenceRun:
             self._parts.placer.leave(attempt.failure.worker)
         if attempt.failure is not None and isinstance(error, (WorkerLost, CapacityError, EngineFailed)):
             self._failed.add(key_of(attempt.failure.worker))
+            if isinstance(error, WorkerLost):
+                self._lost_s[key_of(attempt.failure.worker)] = asyncio.get_running_loop().time()
         if attempt.is_handoff_failure:
             self._num_handoff_failures += 1
         if isinstance(error, EngineFailed):

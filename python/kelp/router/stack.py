@@ -6,6 +6,7 @@ Puts the parts of this package together for a router that serves requests; knows
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from kelp.core.clock import Clock
@@ -23,7 +24,7 @@ from kelp.core.metrics import (
 from kelp.core.model_identity import adapter_digest
 from kelp.core.peer_auth import PeerToken
 from kelp.core.wire import encode_message
-from kelp.registry.base import KvManagerRecord, RouterRegistry, TrafficRecord
+from kelp.registry.base import KvManagerRecord, RouterRegistry, TrafficRecord, WorkerRecord
 from kelp.registry.view import RecordsView, RegistryView
 from kelp.router.admission import Admission
 from kelp.router.capacity import Capacity
@@ -72,6 +73,7 @@ class RoutingStack:
 
     Attributes:
         placer: Finds places for requests.
+        on_workers: Called with the workers that may get requests, each time that the registry has been read.
         selector, table, index, ledger, lower_tiers: Its parts, for a router that leaves placing to its callers.
     """
 
@@ -109,6 +111,7 @@ class RoutingStack:
         capacity = Capacity(table, self.selector.fleet, self.selector.load, config.queue)
         self._admission = Admission(self.selector, ledger, capacity, config.queue, clock, metrics)
         workers, managers = registries.workers, registries.managers
+        self.on_workers: Callable[[Sequence[WorkerRecord]], None] = lambda ready: None
         self.placer = Placer(workers, self.selector, self._admission, ledger, clock)
         self.selector.is_stale = lambda: self._peers.num_stale(clock.monotonic_s()) > 0
         self.selector.knows_all_of = self._knows_all_of
@@ -160,6 +163,7 @@ class RoutingStack:
     def _update(self) -> None:
         """The workers' view has been refreshed."""
         self.placer.update()
+        self.on_workers(self._registries.workers.ready())
         self.lower_tiers.refresh()
 
     def _knows_all_of(self, slot: int) -> bool:

@@ -54,7 +54,7 @@ def summary_tensors(jobs: Sequence[Job], num_output_tokens: int) -> Tensors:
     }
     int64 = {
         "arrival_time_ns": first.arrival_ns,
-        "first_scheduled_time_ns": timings.first_scheduled_ns,
+        "first_scheduled_time_ns": _scheduled_ns(first, timings),
         "first_token_time_ns": first.first_sent_ns,
         "last_token_time_ns": max(job.last_received_ns for job in jobs),
     }
@@ -72,6 +72,13 @@ def _scalars(values: dict[str, int], dtype: type[np.generic]) -> dict[str, npt.N
     """A tensor for each value; all are views of one array, which is faster made than many."""
     array = np.array(list(values.values()), dtype=dtype)
     return {name: array[index : index + 1] for index, name in enumerate(values)}
+
+
+def _scheduled_ns(job: Job, timings: RequestTimings) -> int:
+    """By this host's clock: what the worker's says may be hours away, but the time it waited there is not."""
+    if job.arrival_ns <= timings.first_scheduled_ns <= job.first_sent_ns or not timings.first_scheduled_ns:
+        return timings.first_scheduled_ns
+    return job.arrival_ns + max(0, timings.first_scheduled_ns - timings.arrival_ns)
 
 
 def observe(metrics: Metrics, jobs: Sequence[Job], num_responses: int, now_ns: int) -> None:

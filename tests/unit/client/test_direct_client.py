@@ -188,6 +188,19 @@ def test_a_worker_that_does_not_listen_is_reached_through_triton() -> None:
     asyncio.run(story())
 
 
+def test_the_first_request_to_an_expected_worker_goes_the_short_way() -> None:
+    async def story() -> None:
+        async with open_scene(is_connected=False) as scene:
+            for _ in range(2):
+                scene.client.expect([scene.worker.address, WorkerAddress("host:1", "without a socket")])
+            await until(lambda: bool(scene.dialling._connections), "the connection")
+            WorkerRequest(scene.client, scene.worker.address, COMMAND, PROMPT)
+            await until(lambda: any(isinstance(frame, Start) for frame in scene.worker.frames), "the request")
+            assert not scene.triton.commands
+
+    asyncio.run(story())
+
+
 @pytest.mark.parametrize("endpoint", ["127.0.0.1:1", "nonsense", "127.0.0.1:99999", ":5"])
 def test_a_socket_that_cannot_be_reached_is_left_in_peace_for_a_while(
     endpoint: str, monkeypatch: pytest.MonkeyPatch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -152,6 +152,9 @@ class FakeWorkers:
         return stream
 
     async def control(self, address: WorkerAddress, command: DrainCommand | None) -> WorkerStatus:
+        raise NotImplementedError
+
+    def expect(self, addresses: Iterable[WorkerAddress]) -> None:
         raise NotImplementedError
 
     def has_gone(self, address: WorkerAddress) -> bool:

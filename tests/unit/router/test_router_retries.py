@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import numpy as np
 import pytest
 from router_rig import EOS, letters, open_router, prefill_record, record
@@ -189,7 +191,8 @@ def test_a_worker_lost_after_its_last_token_is_not_missed(said: tuple[int, ...],
 @pytest.mark.parametrize("max_migrations", [0, 3, 5])
 def test_a_request_is_given_up_after_the_allowed_migrations_with_the_last_error(max_migrations: int) -> None:
     async def scene() -> None:
-        async with open_router(record("decode"), max_migrations=max_migrations) as rig:
+        fleet = [record(f"d{number}") for number in range(max_migrations + 1)]
+        async with open_router(*fleet, max_migrations=max_migrations) as rig:
             exchange, request = rig.ask()
             for number in range(max_migrations + 1):
                 (await rig.workers.stream(number)).fail(WorkerLost(f"loss {number}"))
@@ -198,6 +201,19 @@ def test_a_request_is_given_up_after_the_allowed_migrations_with_the_last_error(
             assert exchange.responses == []
             assert rig.counters()["kelp_requests_total", (("outcome", "migrations_exceeded"),)] == 1
             await rig.all_is_returned()
+
+    run(scene)
+
+
+def test_a_lost_worker_that_is_the_only_one_left_rests_before_it_is_tried_again() -> None:
+    async def scene() -> None:
+        async with open_router(record("decode")) as rig:
+            _, request = rig.ask()
+            (await rig.workers.stream(0)).fail(WorkerLost("the connection broke"))
+            lost_s = asyncio.get_running_loop().time()
+            (await rig.workers.stream(1)).finish(FinishReason.LENGTH, *tokens("a"))
+            await request
+            assert asyncio.get_running_loop().time() - lost_s >= 0.9
 
     run(scene)
 

@@ -53,6 +53,17 @@ def test_the_summary_joins_what_both_workers_told() -> None:
     assert list(summary["worker_ids"]) == [b"host:1/prefill", b"host:1/decode"]
 
 
+@pytest.mark.parametrize("skew_ns", [3_600_000 * MS, -3_600_000 * MS], ids=["ahead", "behind"])
+def test_a_worker_whose_clock_is_an_hour_off_was_scheduled_when_its_queue_says(skew_ns: int) -> None:
+    skewed = finished_job()
+    skewed.arrival_ns, skewed.first_sent_ns = (value + 4_000_000 * MS for value in (skewed.arrival_ns, 25 * MS))
+    assert skewed.prefill_event is not None
+    moved = 4_000_000 * MS + skew_ns
+    timings = RequestTimings(arrival_ns=moved + 2 * MS, first_scheduled_ns=moved + 6 * MS)
+    skewed.prefill_event = skewed.prefill_event.model_copy(update={"timings": timings})
+    assert summary_tensors([skewed], 3)["first_scheduled_time_ns"][0] == 4_000_000 * MS + 5 * MS
+
+
 def test_the_summary_has_the_declared_names_and_types() -> None:
     declared = {spec.name: spec.datatype.numpy for spec in LLM.outputs}
     for name, array in summary_tensors([finished_job()], 3).items():

@@ -49,9 +49,14 @@ class Dialling:
             return connection
         if self.has_gone(address):
             raise WorkerDied(f"worker {address.worker_id} no longer listens at {address.direct_endpoint}")
-        if address not in self._tasks and address not in self._resting:
-            self._dial(address)
+        self.prepare(address)
         return None
+
+    def prepare(self, address: WorkerAddress) -> None:
+        """Make a connection in the background, if there is none and one may come about."""
+        known = (self._connections, self._tasks, self._resting, self._gone)
+        if not any(address in those for those in known):
+            self._dial(address)
 
     def has_gone(self, address: WorkerAddress) -> bool:
         """Whether it had been reached, and nobody listens there any more."""

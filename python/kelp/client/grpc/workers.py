@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -219,6 +219,9 @@ class GrpcWorkerClient:
         except asyncio.CancelledError:
             shared.abandon(request_id)
             raise
+
+    def expect(self, addresses: Iterable[WorkerAddress]) -> None:
+        """See `WorkerClient`; there is nothing to prepare."""
 
     def has_gone(self, address: WorkerAddress) -> bool:
         """See `WorkerClient`; Triton does not tell."""
