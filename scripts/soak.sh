@@ -16,7 +16,7 @@ round=0
 while [ "$SECONDS" -lt "$end" ]; do
     round=$((round + 1))
     started=$SECONDS
-    .venv/bin/python -m pytest -q -x tests/e2e tests/faults --kv-kills 100 --timeout 3600 "$@" >"$LOG" 2>&1 || {
+    .venv/bin/python -m pytest -q -x tests/e2e tests/faults --kv-kills 100 --soak --timeout 3600 "$@" >"$LOG" 2>&1 || {
         tail -40 "$LOG"
         echo "soak: round $round failed after $((SECONDS - started)) s (all of it: $LOG)" >&2
         exit 1

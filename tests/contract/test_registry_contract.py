@@ -12,7 +12,7 @@ from etcd_security import add_root, tls_files
 from kelp.core.config_registry import RegistryConfig
 from kelp.core.peer_auth import PeerToken
 from kelp.registry.access import RegistryAccess, open_registry
-from kelp.registry.base import RouterRecord
+from kelp.registry.base import RouterRecord, TrafficRecord
 from kelp.registry.etcd_client import EtcdClient
 from support.etcd_server import EtcdServer, why_no_etcd
 from support.waiting import wait_until
@@ -104,9 +104,18 @@ def test_records_of_strangers_do_not_count_and_are_said_once(
 ) -> None:
     open_one(TOKEN).routers.publish(record("peer"))
     open_one(writer).routers.publish(record("stranger"))
+    caplog.clear()
     reader = open_one(TOKEN)
     assert names(reader) == names(reader) == ["peer"]
     assert caplog.text.count("nobody who knows the token of peers.token_file wrote it") == 1
+
+
+def test_shares_of_versions_are_replaced_and_stay_without_a_lease(open_one: Open) -> None:
+    writer, reader = open_one(None), open_one(None)
+    assert reader.traffic.snapshot() == []
+    for share in (1.0, 0.5):
+        writer.traffic.set(TrafficRecord(shares={"base": share}))
+    assert [found.shares for found in reader.traffic.snapshot()] == [{"base": 0.5}]
 
 
 @pytest.mark.slow

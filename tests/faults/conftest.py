@@ -27,6 +27,7 @@ every prompt is handed over, paying or not."""
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kv-kills", type=int, default=3, help="how often the KV block manager is killed under load")
+    parser.addoption("--soak", action="store_true", help="also what takes too long for every run")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -32,20 +32,33 @@ def why_no_skew() -> str | None:
     return None if _faketime() else "there is no faketime (scripts/setup.sh test, or apt-get install faketime)"
 
 
+def skewed(ahead_s: int) -> tuple[str, ...]:
+    """Begins the command line of a process whose clocks are ahead of all others by this."""
+    return ("env", f"LD_PRELOAD={_faketime()}", f"FAKETIME={ahead_s:+d}s")
+
+
 class HostServer(KelpServer):
-    """Mock workers that serve whole requests.
+    """See the module docstring.
 
     Args:
-        ahead_s: The host's clocks are ahead of all others by this; needs faketime.
+        mode: `aggregated` or `disaggregated`.
+        prefix: Begins its command line, within the host.
+        arguments: Further options of `kelp serve`.
     """
 
-    def __init__(self, host: NetHost, settings: dict[str, object], ahead_s: int = 0) -> None:
-        address = host.address
-        own = {"events.host": address, "replicas.host": address}
-        super().__init__("aggregated", settings={**settings, **own}, arguments=("--engine", "mock", "--host", address))
+    def __init__(
+        self,
+        host: NetHost,
+        settings: dict[str, object],
+        *,
+        mode: str = "aggregated",
+        prefix: tuple[str, ...] = (),
+        arguments: tuple[str, ...] = (),
+    ) -> None:
+        own = {"events.host": host.address, "replicas.host": host.address}
+        super().__init__(mode, settings={**settings, **own}, arguments=("--host", host.address, *arguments))
         self.host = host
-        faked = ("env", f"LD_PRELOAD={_faketime()}", f"FAKETIME={ahead_s:+d}s") if ahead_s else ()
-        self._arguments = [*host.prefix, *faked, *self._arguments]
+        self._arguments = [*host.prefix, *prefix, *self._arguments]
         self._registry: RegistryAccess | None = None
 
     @property

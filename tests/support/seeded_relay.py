@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import random
 import signal
 import socket
@@ -24,8 +25,8 @@ from pathlib import Path
 IP_TRANSPARENT = 19
 """Of the kernel's linux/in.h; Python has no name for it: answer for an address that is another host's."""
 _CHUNK_BYTES = 1024
-_STALL_BYTES, _STALL_S = (256, 4096), (0.05, 0.4)
-_RESET_BYTES = (4 * 1024, 32 * 1024)
+_STALL_BYTES, _STALL_S = (128, 512), (0.05, 0.3)
+_RESET_BYTES = (1024, 3 * 1024)
 
 
 class _Relay:
@@ -82,6 +83,8 @@ async def _serve(seed: int, target: str, ports: list[int]) -> None:
     print("ready", flush=True)
     await end.wait()
     print(json.dumps(relay.counts), flush=True)
+    # The connections there are end with the process.
+    os._exit(0)
 
 
 class SeededRelay:

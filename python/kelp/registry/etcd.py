@@ -16,7 +16,9 @@ from kelp.core.clock import Clock
 from kelp.core.errors import PeerRefused, ProtocolError
 from kelp.registry.etcd_client import Entry, Reading
 from kelp.registry.record_seal import RecordSeal, RecordT, Refusals
+from kelp.registry.store import NEVER_S
 
+NO_LEASE = 0
 _MIN_TTL_S = 2
 
 
@@ -51,13 +53,14 @@ class EtcdRecords(Generic[RecordT]):
     Args:
         folder: Prefix of their keys, which ends in a slash.
         seal: Writes and reads them.
-        expiry_s: Time of a lease; etcd counts whole seconds, two at least.
+        expiry_s: Time of a lease; etcd counts whole seconds, two at least. With `NEVER_S` there is none.
     """
 
     def __init__(self, keys: LeasedKeys, folder: str, seal: RecordSeal[RecordT], expiry_s: float, clock: Clock) -> None:
         self._keys = keys
         self._folder = folder
         self._seal = seal
+        self._is_eternal = expiry_s >= NEVER_S
         self._ttl_s = max(_MIN_TTL_S, math.ceil(expiry_s))
         self._clock = clock
         self._leases: dict[str, int] = {}
@@ -73,6 +76,9 @@ class EtcdRecords(Generic[RecordT]):
         place = self._seal.place(name)
         stamped = record.model_copy(update={"heartbeat_ns": self._clock.wall_ns()})
         key, value = self._folder + place, self._seal.written(stamped, place)
+        if self._is_eternal:
+            self._keys.put(key, value, NO_LEASE)
+            return
         lease_id = self._leases.get(name)
         if lease_id is not None and self._keys.keep_alive(lease_id) and self._keys.put(key, value, lease_id):
             return

@@ -9,7 +9,7 @@ from kelp.registry.base import StampedRecord
 
 RecordT = TypeVar("RecordT", bound=StampedRecord)
 NEVER_S = 3e8
-"""Expiry of what is to stay, about ten years; stores and their leases know no other "never"."""
+"""Expiry of what is to stay: about ten years in a folder, no lease in an etcd."""
 
 
 class RecordStore(Protocol[RecordT]):

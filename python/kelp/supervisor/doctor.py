@@ -13,6 +13,7 @@ import psutil
 from kelp.core.config import load_config
 from kelp.core.errors import KelpError
 from kelp.core.peer_auth import load_token
+from kelp.registry.access import open_registry
 from kelp.supervisor.model import check_model_folder
 from kelp.supervisor.triton import find_triton
 
@@ -33,6 +34,7 @@ def examine(config_file: Path | None = None) -> Iterator[Finding]:
     yield _try("tritonserver", lambda: find_triton().version)
     yield _try("model", lambda: str(check_model_folder(load_config(path=config_file).model.path)))
     yield _try_token(config_file)
+    yield _try_registry(config_file)
     for package in ("torch", "nixl", "tritonclient", "grpcio", "numpy"):
         yield _package(package)
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
@@ -63,6 +65,28 @@ def _try_token(config_file: Path | None) -> Finding:
     is_local = all(address in _LOOPBACK for address in addresses)
     needed = "none; `kelp serve` makes one per run" if is_local else "none, and addresses beyond this host are used"
     return Finding(subject, is_local, f"{needed}; several hosts need the same peers.token_file (docs/security.md)")
+
+
+def _try_registry(config_file: Path | None) -> Finding:
+    """Whether the registry answers, and others find this host by what it says there."""
+    subject = "registry"
+    try:
+        config = load_config(path=config_file)
+        registry = config.registry
+        num_workers = len(open_registry(registry, load_token(config.peers)).workers.snapshot())
+    except (KelpError, OSError) as error:
+        return Finding(subject, False, error.text if isinstance(error, KelpError) else str(error))
+    if not registry.url:
+        return Finding(subject, True, f"{registry.path}, {num_workers} workers")
+    hosts = {
+        "server.host": config.server.host,
+        "handoff.host": config.handoff.host,
+        "events.host": config.events.host,
+        "replicas.host": config.replicas.host,
+    }
+    hidden = [name for name, host in hosts.items() if host in _LOOPBACK]
+    advice = f"; other hosts need an address of this one in {', '.join(hidden)} (docs/resilience.md)" if hidden else ""
+    return Finding(subject, not hidden, f"{registry.url}, {num_workers} workers{advice}")
 
 
 def _package(name: str) -> Finding:

@@ -9,10 +9,11 @@ import pytest
 from kelp.core.clock import FakeClock
 from kelp.core.peer_auth import PeerToken
 from kelp.registry.base import ROUTER_RECORD, RouterRecord
-from kelp.registry.etcd import EtcdRecords
+from kelp.registry.etcd import NO_LEASE, EtcdRecords
 from kelp.registry.etcd_client import Entry, Reading
 from kelp.registry.kinds import ROUTER_SUFFIX
 from kelp.registry.record_seal import MAX_RECORD_BYTES, RecordSeal
+from kelp.registry.store import NEVER_S
 
 EXPIRY_S = 5.0
 FOLDER = "/kelp/routers/"
@@ -59,7 +60,7 @@ class FakeEtcd:
 
     def put(self, key: str, value: bytes, lease_id: int) -> bool:
         self._look()
-        if lease_id not in self.leases or self.loses_leases:
+        if lease_id not in (*self.leases, NO_LEASE) or self.loses_leases:
             return False
         self.revision += 1
         self.keys[key] = (value, self.revision, lease_id)
@@ -160,6 +161,13 @@ def test_a_lease_is_of_whole_seconds_and_of_no_fewer_than_etcd_takes(open_one: O
     open_one(expiry_s=0.5).write("a", record())
     open_one(expiry_s=4.2).write("b", record())
     assert [ttl_s for _, ttl_s in etcd.leases.values()] == [2, 5]
+
+
+def test_what_never_expires_has_no_lease(open_one: Open, etcd: FakeEtcd, clock: FakeClock) -> None:
+    open_one(expiry_s=NEVER_S).write("r", record())
+    clock.advance(10 * EXPIRY_S)
+    assert names(open_one()) == ["r"]
+    assert not etcd.leases
 
 
 def test_while_etcd_is_away_nobody_is_told_that_there_is_nobody(open_one: Open, etcd: FakeEtcd) -> None:
