@@ -191,6 +191,35 @@ def test_dropped_batches_are_missing_from_the_stream_and_not_from_a_replay() -> 
         assert received < 20
 
 
+def received_numbers(publisher: EventPublisher, count: int) -> list[int]:
+    """Of so many batches, published one by one, in the order in which they come."""
+    numbers: list[int] = []
+    with connected(zmq.SUB, publisher.endpoint) as sub:
+        for block in range(10_000):
+            store(publisher, block)
+            while sub.poll(5):
+                _, number, payload = sub.recv_multipart()
+                if decode_own(payload, LIMIT).events:
+                    numbers.append(decode_seq(number))
+            if len(numbers) >= count:
+                return numbers
+    raise AssertionError("too few batches came")
+
+
+def test_doubled_batches_come_twice_with_the_same_number() -> None:
+    with publishing(duplicate_share=0.99, flush_interval_s=0.001, digest_interval_s=3600.0) as publisher:
+        numbers = received_numbers(publisher, 20)
+    assert numbers == sorted(numbers)
+    assert len(set(numbers)) < len(numbers)
+
+
+def test_late_batches_come_after_the_one_that_follows_them() -> None:
+    with publishing(reorder_share=0.99, flush_interval_s=0.001, digest_interval_s=3600.0) as publisher:
+        numbers = received_numbers(publisher, 20)
+    assert numbers != sorted(numbers)
+    assert len(set(numbers)) == len(numbers)
+
+
 def test_every_event_goes_out_whenever_it_comes() -> None:
     with publishing(flush_interval_s=0.001) as publisher, connected(zmq.DEALER, publisher.replay_endpoint) as dealer:
         for block in range(20):

@@ -17,7 +17,7 @@ from kelp.core.metrics import KV_MANAGER_JOINED, OFFLOAD_BLOCKS
 from kelp.core.types import BlockId, SequenceHash
 from kelp.executor.base import Completed, SealedBlock
 from kelp.registry.base import KvManagerRecord
-from kelp.worker.tiers import service
+from kelp.worker.tiers import offloader, service
 from kelp.worker.tiers.buffer import OffloadBuffer
 from kelp.worker.tiers.leases import LeaseBook
 from kelp.worker.tiers.pace import DUTY, Pace
@@ -123,7 +123,11 @@ def test_a_manager_that_refuses_is_shown_and_tried_again(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("error", [WorkerLost("died"), DeadlineExceeded("late")])
-def test_blocks_of_a_store_without_an_answer_are_held_as_long_as_was_promised(tmp_path: Path, error: Exception) -> None:
+def test_blocks_of_a_store_without_an_answer_are_held_as_long_as_was_promised(
+    tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offloader, "_PATIENCE", 1)
+
     async def scenario() -> None:
         async with open_rig(tmp_path) as (host, (worker,)):
             host.errors[Store] = error
@@ -177,7 +181,7 @@ def test_a_small_pool_goes_down_in_one_store_and_its_next_prompt_evicts_what_has
 
 def test_blocks_that_are_evicted_under_their_store_delay_nobody_and_are_never_given(tmp_path: Path) -> None:
     async def scenario() -> None:
-        async with open_rig(tmp_path) as (host, (worker,)):
+        async with open_rig(tmp_path, **{"offload.call_timeout_s": "5"}) as (host, (worker,)):
             stalled = host.faults.stall(host.faults.num_reads)
             prompt = list(range(1, 60)) * 2
             first = await worker.run(prompt)

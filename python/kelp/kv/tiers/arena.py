@@ -22,6 +22,7 @@ from kelp.kv.tiers.arena_file import PAGE_BYTES, ArenaFile, ArenaShape, claim_ar
 from kelp.kv.tiers.base import BlockRecord
 from kelp.kv.tiers.memory import free_memory_bytes
 from kelp.kv.tiers.records import RECORD_BYTES, RecordFormat, SlotRecord, checksum, space_digest
+from kelp.kv.tiers.touching import Touching
 from kelp.transport.base import Region
 from kelp.transport.nixl.pinned import pin_host_memory, unpin_host_memory
 
@@ -52,6 +53,7 @@ class FileArena:
         base_address = int(self._bytes.ctypes.data) + shape.slots_offset
         self._region = Region(base_address, shape.num_slots, shape.block_bytes, "cpu", shape.stride_bytes)
         self._is_pinned = pin_host_memory(base_address, self._region.span_bytes)
+        self._touching = Touching(base_address, self._region.span_bytes)
 
     @property
     def region(self) -> Region:
@@ -102,6 +104,7 @@ class FileArena:
         if self._is_closed:
             return
         self._is_closed = True
+        self._touching.stop()
         if self._is_pinned:
             unpin_host_memory(self._region.base_address)
         self._bytes = np.empty(0, dtype=np.uint8)

@@ -28,6 +28,8 @@ from kelp.worker.tiers.pace import Pace
 _STORE_BYTES = 16 * 1024 * 1024
 """A Store is a burst of memory traffic; larger ones are cut."""
 _MIN_HOLD_S = 2.0
+_PATIENCE = 3
+"""Times as long may a Store take that is not urgent: the manager's threads give way to others."""
 _ANSWER_MARGIN_S = 0.5
 _ROOMY_SHARE = 4
 """A pool of which one block of so many can be evicted without loss leaves the manager its time."""
@@ -121,21 +123,21 @@ class Offloader:
         return num_others * _ROOMY_SHARE < self._parts.executor.layout.num_blocks
 
     async def _store(self, link: Link, blocks: Sequence[SealedBlock]) -> None:
-        start_s = self._parts.clock.monotonic_s()
+        start_s, is_urgent = self._parts.clock.monotonic_s(), self._is_short()
         store = Store(
             *self._parts.key,
             store_id=next(self._numbers),
             tenant=blocks[0].tenant or _NOBODY,
-            hold_s=self._hold_s,
+            hold_s=self._hold_s if is_urgent else _PATIENCE * self._hold_s,
             blocks=tuple(map(_offered, blocks)),
-            is_urgent=self._is_short(),
+            is_urgent=is_urgent,
         )
         try:
-            result = await self._parts.membership.call(link, store, self._hold_s + _ANSWER_MARGIN_S)
+            result = await self._parts.membership.call(link, store, store.hold_s + _ANSWER_MARGIN_S)
             if not isinstance(result, Stored):
                 raise ProtocolError(f"store: {type(result).__name__} was answered")
         except KelpError:
-            self._release_later(blocks, start_s + self._hold_s)
+            self._release_later(blocks, start_s + store.hold_s)
             return
         lost = self.buffer.lost()
         self._release(blocks)
