@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 from kelp.chaos.faults import Fault, FaultKind, Layout, kinds_for
-from kelp.chaos.fleet_spec import FleetSpec, quick_settings
+from kelp.chaos.fleet_spec import FleetSpec, StoreSpec, quick_settings, usual_deadline_s
 from kelp.chaos.report import Report
 from kelp.chaos.runner import RunSpec, run_served
 from kelp.chaos.schedule import ScheduleSpec
 from kelp.core.errors import ConfigError
+from perf.kv import store as object_store
 from perf.reporter import Reporter
 from perf.resilience.fleets import at_least, none_allowed, temporary_folder
-from perf.rows import RequiredRow
+from perf.rows import Measurement, RequiredRow
 from perf.suite import BenchError
 
 CHAOS, ROLLING = "chaos", "rolling_restart"
 _COMPLETED_SHARE = 0.999
 _RATE = 0.2
 _SEED = 20261121
+_SHOWN = 12
 _POOLS = {"mock": 200, "torch": 12}
-_SHORT = (("mock", Layout.ISOLATED, 50.0), ("mock", Layout.COMPACT, 40.0))
+_SHORT = (("mock", Layout.ISOLATED, 60.0), ("mock", Layout.COMPACT, 50.0))
 _LONG = (
     ("mock", Layout.ISOLATED, 600.0),
     ("mock", Layout.COMPACT, 600.0),
@@ -34,6 +38,8 @@ REQUIRED = (
     RequiredRow(CHAOS, "hangs", "count"),
     RequiredRow(CHAOS, "leaks", "count"),
     RequiredRow(CHAOS, "completed_share", "share"),
+    RequiredRow(CHAOS, "faults_done", "count"),
+    RequiredRow(CHAOS, "kinds_done", "count"),
     RequiredRow(ROLLING, "failed", "count"),
 )
 
@@ -41,16 +47,41 @@ REQUIRED = (
 def run_chaos(reporter: Reporter, is_long: bool) -> None:
     """Every kind of fault at 0.2 per second."""
     reports = []
-    for engine, layout, duration_s in _LONG if is_long else _SHORT:
-        fleet = FleetSpec(layout, engine, settings=quick_settings(engine))
-        spec = _spec(fleet, duration_s, kinds_for(layout))
-        reports.append(_play(reporter, spec, fleet))
+    with _store(reporter) as store:
+        for number, (engine, layout, duration_s) in enumerate(_LONG if is_long else _SHORT):
+            bucket = replace(store, bucket=f"kelp-chaos-{number}") if store is not None else None
+            fleet = FleetSpec(layout, engine, settings=quick_settings(engine), store=bucket)
+            spec = _spec(fleet, duration_s, kinds_for(layout, has_store=True), _SEED + number)
+            reports.append(_play(reporter, spec, fleet))
     asked = sum(report.tally.num_to_complete for report in reports)
     completed = sum(report.tally.num_completed for report in reports)
     reporter.add(none_allowed(CHAOS, "wrong_tokens", sum(report.tally.num_wrong_tokens for report in reports)))
     reporter.add(none_allowed(CHAOS, "hangs", sum(report.num_hangs for report in reports)))
     reporter.add(none_allowed(CHAOS, "leaks", sum(len(report.leaks) for report in reports)))
     reporter.add(at_least(CHAOS, "completed_share", "share", completed / asked if asked else 0.0, _COMPLETED_SHARE))
+    done = [item.fault for report in reports for item in report.faults if item.is_done]
+    reporter.add(Measurement(CHAOS, "faults_done", "count", len(done)))
+    reporter.add(Measurement(CHAOS, "faults_not_done", "count", sum(len(item.faults) for item in reports) - len(done)))
+    reporter.add(Measurement(CHAOS, "kinds_done", "count", len({fault.kind for fault in done})))
+    if missing := sorted({kind.value for kind in FaultKind} - {fault.kind.value for fault in done}):
+        reporter.say(f"(not done in this run: {', '.join(missing)})")
+
+
+@contextmanager
+def _store(reporter: Reporter) -> Iterator[StoreSpec | None]:
+    """An object store with a bucket for each run; None where none is installed: its faults are told as not done."""
+    with ExitStack() as stack:
+        folder = stack.enter_context(temporary_folder())
+        try:
+            running = stack.enter_context(object_store.running(folder))
+            for number in range(len(_LONG)):
+                running.make_bucket(f"kelp-chaos-{number}")
+        except BenchError as error:
+            reporter.say(f"(no object store: {error})")
+            yield None
+            return
+        host, _, port = running.endpoint.rpartition("/")[2].partition(":")
+        yield StoreSpec(host, int(port), "", tuple(running.environment.items()))
 
 
 def run_rolling(reporter: Reporter, is_long: bool) -> None:
@@ -61,16 +92,16 @@ def run_rolling(reporter: Reporter, is_long: bool) -> None:
     steps += [(FaultKind.ROUTER_RELOADED, ""), (FaultKind.MANAGER_RELOADED, "")]
     steps *= 5 if is_long else 1
     faults = [Fault(2.0 + index * _STEP_S, kind, target) for index, (kind, target) in enumerate(steps)]
-    spec = replace(_spec(fleet, len(steps) * _STEP_S, (FaultKind.WORKER_RELOADED,)), chosen=tuple(faults))
+    spec = replace(_spec(fleet, len(steps) * _STEP_S, (FaultKind.WORKER_RELOADED,), _SEED), chosen=tuple(faults))
     report = _play(reporter, spec, fleet)
     if missed := [done.note for done in report.faults if not done.is_done]:
         raise BenchError(f"{len(missed)} of {len(faults)} restarts were not done: {missed[0]}")
     reporter.add(none_allowed(ROLLING, "failed", report.tally.num_to_complete - report.tally.num_completed))
 
 
-def _spec(fleet: FleetSpec, duration_s: float, kinds: tuple[FaultKind, ...]) -> RunSpec:
-    schedule = ScheduleSpec(_SEED, duration_s, _RATE, kinds, fleet.prefill_workers, fleet.decode_workers)
-    return RunSpec(schedule, pool_size=_POOLS[fleet.engine])
+def _spec(fleet: FleetSpec, duration_s: float, kinds: tuple[FaultKind, ...], seed: int) -> RunSpec:
+    schedule = ScheduleSpec(seed, duration_s, _RATE, kinds, fleet.prefill_workers, fleet.decode_workers)
+    return RunSpec(schedule, pool_size=_POOLS[fleet.engine], deadline_s=usual_deadline_s(fleet.engine))
 
 
 def _play(reporter: Reporter, spec: RunSpec, fleet: FleetSpec) -> Report:
@@ -81,10 +112,15 @@ def _play(reporter: Reporter, spec: RunSpec, fleet: FleetSpec) -> Report:
             report = run_served(spec, fleet, folder, {"seed": spec.seed}, lambda line: reporter.say(f"({line})"))
         except ConfigError as error:
             raise BenchError(f"{name}: {error.text}") from None
-    for answered in report.troubles[:5]:
-        reporter.say(f"({answered.judgement.outcome.value} {answered.judgement.code}: {answered.judgement.text[:120]})")
-    for leak in report.leaks[:5]:
+    for answered in report.troubles[:_SHOWN]:
+        from_s, to_s = answered.started_s - report.started_s, answered.ended_s - report.started_s
+        told = f"{answered.judgement.outcome.value} {answered.judgement.code}: {answered.judgement.text[:120]}"
+        reporter.say(f"({from_s:.1f} to {to_s:.1f} s: {told})")
+    for leak in report.leaks[:_SHOWN]:
         reporter.say(f"(leak: {leak.kind}: {leak.what})")
+    for done in report.faults:
+        if not done.is_done:
+            reporter.say(f"(not done: {done.fault.name}: {done.note})")
     num_done = sum(done.is_done for done in report.faults)
     reporter.say(
         f"({name}: {num_done} of {len(report.faults)} faults, {report.tally.num_requests} requests, "

@@ -53,3 +53,9 @@ def at_least(case: str, metric: str, unit: str, value: float, least: float) -> M
     """A figure that must not be lower than a limit."""
     ratio = value / least
     return Measurement(case, metric, unit, value, Comparison(LIMIT, least, Ratio(ratio, ratio, ratio), 1.0))
+
+
+def at_most(case: str, metric: str, unit: str, value: float, most: float) -> Measurement:
+    """A figure that must not be higher than a limit."""
+    ratio = most / value
+    return Measurement(case, metric, unit, value, Comparison(LIMIT, most, Ratio(ratio, ratio, ratio), 1.0))

@@ -25,7 +25,7 @@ from perf.rows import Measurement, RequiredRow
 
 OVERLOAD = "overload"
 _FACTORS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
-_SHORT_FACTORS = (1.0, 3.0)
+_DURATION_S, _LONG_DURATION_S = 8.0, 60.0
 _LEAST_SHARE = 0.9
 _STEP_S = 0.05
 _NUM_SLOTS = 4
@@ -83,11 +83,11 @@ def _capacity() -> float:
 
 def _curve(reporter: Reporter, name: str, is_long: bool, settings: dict[str, str]) -> list[_Point]:
     spec = FleetSpec(Layout.COMPACT, num_prefill=0, num_decode=_NUM_WORKERS, settings=settings)
-    factors, duration_s = (_FACTORS, 60.0) if is_long else (_SHORT_FACTORS, 8.0)
+    duration_s = _LONG_DURATION_S if is_long else _DURATION_S
     with serving(spec) as fleet:
         reference = MockReference(spec.model_folder)
         points = []
-        for factor in factors:
+        for factor in _FACTORS:
             answers = asyncio.run(_offer(fleet.endpoint, reference, _capacity() * factor, duration_s))
             points.append(_judge(factor, answers, duration_s))
             reporter.say(

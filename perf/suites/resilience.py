@@ -1,4 +1,4 @@
-"""Resilience: chaos under a verified load, overload, rolling restart, what a killed worker costs its streams."""
+"""Resilience: chaos under a verified load, overload, rolling restart, what killed workers and supervision cost."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from perf.reporter import Reporter
-from perf.resilience import chaos, overload, worker_kill
+from perf.resilience import chaos, overload, supervision, worker_kill
 from perf.rows import RequiredRow
 from perf.suite import BenchError, Suite
 
@@ -18,6 +18,7 @@ def run(reporter: Reporter, is_long: bool) -> None:
         ((chaos.ROLLING,), chaos.run_rolling),
         ((worker_kill.WORKER_KILL,), worker_kill.run),
         ((overload.OVERLOAD,), overload.run),
+        ((supervision.SUPERVISION,), supervision.run),
     )
     for cases, part in parts:
         started_s = time.monotonic()
@@ -29,10 +30,10 @@ def run(reporter: Reporter, is_long: bool) -> None:
         reporter.say(f"({', '.join(cases)}: {time.monotonic() - started_s:.0f} s)")
 
 
-_REQUIRED: tuple[RequiredRow, ...] = (*chaos.REQUIRED, *overload.REQUIRED, *worker_kill.REQUIRED)
+_REQUIRED: tuple[RequiredRow, ...] = (*chaos.REQUIRED, *overload.REQUIRED, *worker_kill.REQUIRED, *supervision.REQUIRED)
 SUITE = Suite(
     name="resilience",
-    summary="chaos, overload, rolling restart, killed workers",
+    summary="chaos, overload, rolling restart, killed workers, cost of supervision",
     required=_REQUIRED,
     run=run,
 )

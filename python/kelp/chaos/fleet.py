@@ -49,7 +49,6 @@ that runs between fork and exec: gRPC, which this process uses, breaks there."""
 _SERVER = re.compile(r"bin/tritonserver .*--grpc-port=(\d+)")
 _METRICS = re.compile(r"--metrics-port=(\d+)")
 _LAST_LINES = 6
-_SINGLE_MODELS = (PREPROCESS.name, KV_BLOCK_MANAGER.name)
 
 
 class ServedFleet:
@@ -91,6 +90,12 @@ class ServedFleet:
     def endpoint(self) -> str:
         """Where clients ask."""
         return f"{HOST}:{self.grpc_port}"
+
+    @property
+    def supervisor(self) -> psutil.Process:
+        """`kelp serve` itself."""
+        assert self._process is not None
+        return psutil.Process(self._process.pid)
 
     @property
     def registry(self) -> Path:
@@ -216,14 +221,18 @@ class ServedFleet:
         return None
 
     def missing(self) -> list[str]:
-        """Models without all of their processes, and workers that are not ready."""
-        expected = {LLM.name: self.spec.num_routers, **dict.fromkeys(_SINGLE_MODELS, 1)}
+        """Models without all of their processes, and workers that are not ready.
+
+        A record alone does not tell: that of a worker that has been killed lives on for a while.
+        """
+        singles = (PREPROCESS.name, KV_BLOCK_MANAGER.name) if self.spec.has_manager else (PREPROCESS.name,)
+        expected = {LLM.name: self.spec.num_routers, **dict.fromkeys(singles, 1)}
         absent = [name for name, count in expected.items() if len(self.stubs(name)) < count]
         records = self.records()
         unready = [
             name
             for name in (*self.spec.prefill_workers, *self.spec.decode_workers)
-            if name not in records or records[name].state is not WorkerState.READY
+            if name not in records or records[name].state is not WorkerState.READY or not self.stubs(name)
         ]
         return absent + unready
 
@@ -250,7 +259,8 @@ class ServedFleet:
 
     def _environment(self) -> dict[str, str]:
         inherited = {name: value for name, value in os.environ.items() if name != CONFIG_ENV}
-        return {**inherited, _MARK: str(self.temporary)}
+        credentials = dict(self.spec.store.credentials) if self.spec.store is not None else {}
+        return {**inherited, **credentials, _MARK: str(self.temporary)}
 
     def _wait_ready(self) -> None:
         assert self._process is not None

@@ -10,10 +10,19 @@ from kelp.supervisor.model import models_folder
 from kelp.supervisor.plan import worker_names
 
 HOST = "127.0.0.1"
+MANAGER_SETTING = "kv_manager.enabled"
+_DEADLINES_S = {"mock": 30.0}
+_SLOW_DEADLINE_S = 120.0
+"""On two cores a torch worker is back after half a minute, longer with others beside it."""
+
+
+def usual_deadline_s(engine: str) -> float:
+    """Of requests that are to be answered whatever happens meanwhile."""
+    return _DEADLINES_S.get(engine, _SLOW_DEADLINE_S)
 
 
 def quick_settings(engine: str) -> dict[str, str]:
-    """Configuration that shows much in a short time: small steps and tiers, quick expiry, KV events lost, doubled, late."""
+    """Configuration that shows much in a short time: small steps and tiers, quick expiry, KV events that go astray."""
     settings = {
         "executor.num_blocks": "1024",
         "executor.max_running": "16",
@@ -29,17 +38,25 @@ def quick_settings(engine: str) -> dict[str, str]:
         "events.reorder_share": "0.02",
         "watchdog.step_timeout_s": "4",
     }
-    by_engine = {"mock": {"mock.timing.step_s": "0.02"}, "torch": {"executor.dtype": "float32"}}
+    by_engine = {
+        "mock": {"mock.timing.step_s": "0.02"},
+        "torch": {"executor.dtype": "float32", "watchdog.step_timeout_s": "10", "registry.expiry_s": "6"},
+    }
     return {**settings, **by_engine.get(engine, {})}
 
 
 @dataclass(frozen=True, slots=True)
 class StoreSpec:
-    """An S3-compatible object store that runs already; its credentials come from the environment."""
+    """An S3-compatible object store that runs already.
+
+    Attributes:
+        credentials: Environment of the fleet beside our own; without, ours has what is needed.
+    """
 
     host: str
     port: int
     bucket: str
+    credentials: tuple[tuple[str, str], ...] = field(default=(), repr=False)
 
     def settings(self, endpoint: str) -> dict[str, str]:
         """Configuration of a fleet that reaches it at another endpoint."""
@@ -70,6 +87,11 @@ class FleetSpec:
     model: Path | None = None
     settings: dict[str, str] = field(default_factory=dict)
     store: StoreSpec | None = None
+
+    @property
+    def has_manager(self) -> bool:
+        """Whether a KV block manager belongs to it."""
+        return self.settings.get(MANAGER_SETTING) != "false"
 
     @property
     def prefill_workers(self) -> tuple[str, ...]:

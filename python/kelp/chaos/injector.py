@@ -23,7 +23,6 @@ from kelp.core.errors import KelpError
 from kelp.core.messages import DrainCommand, WorkerStatus
 from kelp.core.schema import KV_BLOCK_MANAGER, LLM
 from kelp.core.schema_types import RESTART_PARAMETER
-from kelp.core.types import WorkerState
 from kelp.executor.batching.executor import ENGINE_THREAD
 
 _PHASE_WAIT_S = 3.0
@@ -83,7 +82,7 @@ class Injector:
         except Victimless as reason:
             return Done(fault, at_s, False, str(reason))
         except (psutil.Error, OSError, KelpError) as error:
-            return Done(fault, at_s, False, f"{type(error).__name__}: {error}")
+            return Done(fault, at_s, False, f"{type(error).__name__}: {error}".partition("\n")[0])
         return Done(fault, at_s, True, note)
 
     @property
@@ -223,8 +222,10 @@ class Injector:
             await asyncio.sleep(_POLL_S * 10)
 
     def _is_spare(self, worker: str) -> bool:
-        ready = {name for name, record in self._served.records().items() if record.state is WorkerState.READY}
-        return worker in ready and any(name in ready - {worker} for name in self._served.spec.decode_workers)
+        missing = self._served.missing()
+        return worker not in missing and any(
+            name not in missing and name != worker for name in self._served.spec.decode_workers
+        )
 
     async def _wait_phase(self, worker: str, phase: Phase) -> bool:
         deadline_s = time.monotonic() + _PHASE_WAIT_S

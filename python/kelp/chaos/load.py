@@ -14,6 +14,7 @@ from kelp.chaos.verdict import Judgement, Outcome, Seen, Tally, judge, num_wrong
 from kelp.client.grpc.llm import FieldValue, LlmError, LlmResponse
 
 _AGAIN_S = 0.25
+_SHED_PAUSE_S = 1.0
 _MAX_KEPT = 100
 
 
@@ -87,11 +88,19 @@ class Load:
         self._num_asked = 0
 
     async def run_users(self, questions: Questions, num_users: int, until_s: float) -> None:
-        """So many users, each asking again once answered, until `time.monotonic()` says `until_s`."""
+        """So many users, each asking again once answered, or a second after a refusal that says to come again later.
+
+        Args:
+            questions: Where they come from.
+            num_users: How many there are.
+            until_s: The end, by `time.monotonic()`.
+        """
 
         async def user() -> None:
             while time.monotonic() < until_s:
-                await self.ask(questions.next())
+                answered = await self.ask(questions.next())
+                if answered.judgement.outcome is Outcome.SHED:
+                    await asyncio.sleep(_SHED_PAUSE_S)
 
         await asyncio.gather(*(user() for _ in range(num_users)))
 

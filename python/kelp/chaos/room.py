@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +25,20 @@ _SCRIPT = 'mount -t tmpfs -o size=$1,mode=1777 kelp-chaos "$2"; mount -o loop "$
 _FREEZE, _THAW = 0xC0045877, 0xC0045878
 """FIFREEZE and FITHAW of ioctl_fs(2): writes to a file system wait in between."""
 _FROZEN_S, _THAWED_S = 0.4, 0.1
+_FREEZER = """
+import fcntl, os, sys, time
+path, *numbers = sys.argv[1:]
+seconds, freeze, thaw, frozen_s, thawed_s = map(float, numbers)
+disk, end_s = os.open(path, os.O_RDONLY | os.O_DIRECTORY), time.monotonic() + seconds
+while time.monotonic() < end_s:
+    fcntl.ioctl(disk, int(freeze), 0)
+    try:
+        time.sleep(frozen_s)
+    finally:
+        fcntl.ioctl(disk, int(thaw), 0)
+    time.sleep(thawed_s)
+"""
+"""A process by itself: one that writes to the disk, as this one may, would never come to thaw it."""
 _FILLING = "kelp-chaos-filling"
 
 
@@ -88,20 +102,19 @@ class Room:
         return await _filled(self.view(self._disk), seconds)
 
     async def slow_disk(self, seconds: float) -> None:
-        """Let writes to the disk wait most of the time."""
-        disk = os.open(self.view(self._disk), os.O_RDONLY | os.O_DIRECTORY)
-        loop = asyncio.get_running_loop()
-        try:
-            end_s = loop.time() + seconds
-            while loop.time() < end_s:
-                await asyncio.to_thread(fcntl.ioctl, disk, _FREEZE, 0)
-                try:
-                    await asyncio.sleep(_FROZEN_S)
-                finally:
-                    fcntl.ioctl(disk, _THAW, 0)
-                await asyncio.sleep(_THAWED_S)
-        finally:
-            os.close(disk)
+        """Let writes to the disk wait most of the time.
+
+        Raises:
+            OSError: The disk cannot be frozen, or the fleet has ended.
+        """
+        arguments = (str(self.view(self._disk)), str(seconds), str(_FREEZE), str(_THAW), str(_FROZEN_S), str(_THAWED_S))
+        # Of a session of its own: whatever ends this process, the disk thaws.
+        freezer = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", _FREEZER, *arguments, stderr=asyncio.subprocess.PIPE, start_new_session=True
+        )
+        _, said = await freezer.communicate()
+        if freezer.returncode:
+            raise OSError(f"the disk cannot be slowed down: {(said.decode().strip().splitlines() or [''])[-1]}")
 
 
 def make_room(folder: Path, disk: Path) -> tuple[Room | None, str]:
@@ -123,8 +136,9 @@ async def _filled(folder: Path, seconds: float) -> int:
         num_bytes = await asyncio.to_thread(fill, filling)
         await asyncio.sleep(seconds)
     finally:
+        # In a thread: the disk may be frozen meanwhile.
         with contextlib.suppress(OSError):
-            filling.unlink()
+            await asyncio.to_thread(filling.unlink)
     return num_bytes
 
 

@@ -14,7 +14,7 @@ _LEAST_GAP = 0.5
 _SHORT_S = (2.0, 6.0)
 _LASTS_S = {
     FaultKind.WORKER_PAUSED: (0.2, 0.8),
-    FaultKind.WORKER_STUCK: (6.0, 9.0),
+    FaultKind.WORKER_STUCK: (6.0, 12.0),
     FaultKind.REGISTRY_GONE: _SHORT_S,
     FaultKind.MEMORY_FULL: _SHORT_S,
     FaultKind.DISK_FULL: _SHORT_S,

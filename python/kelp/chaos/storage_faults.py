@@ -45,6 +45,10 @@ class StorageFaults:
         return f"{registry.name} away for {fault.lasts_s:.1f} s"
 
     async def _corrupt_block(self, _: Fault) -> str:
+        # In a thread: the disk may be slow meanwhile.
+        return await asyncio.to_thread(self._corrupt_now)
+
+    def _corrupt_now(self) -> str:
         files = [path for path in self._fleet.seen(self._fleet.disk).rglob("*") if _is_slot_file(path)]
         if not files:
             raise Victimless("there is nothing on disk")
@@ -68,10 +72,11 @@ class StorageFaults:
         relay = self._fleet.store_relay
         if relay is None:
             raise Victimless("there is no object store")
-        before = relay.num_spoiled
+        before = relay.num_hit
         await relay.suffer(fault.kind, fault.lasts_s)
-        spoiled = f", {relay.num_spoiled - before} pieces spoiled" if fault.kind is FaultKind.STORE_CORRUPT else ""
-        return f"for {fault.lasts_s:.1f} s{spoiled}"
+        if relay.num_hit == before:
+            raise Victimless(f"nothing was asked of the store, or nothing came from it, in {fault.lasts_s:.1f} s")
+        return f"for {fault.lasts_s:.1f} s, {relay.num_hit - before} pieces or connections hit"
 
     @property
     def _room(self) -> Room:

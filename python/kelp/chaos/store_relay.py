@@ -28,6 +28,10 @@ class StoreRelay:
         host: Of the store.
         port: Of the store.
         own_port: Where to listen, on this host.
+
+    Attributes:
+        fault: What it suffers from now.
+        num_hit: Pieces and connections that a fault has met.
     """
 
     def __init__(self, host: str, port: int, own_port: int) -> None:
@@ -35,10 +39,10 @@ class StoreRelay:
         self._port = own_port
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="kelp-chaos-store", daemon=True)
-        self._fault: FaultKind | None = None
+        self.fault: FaultKind | None = None
         self._server: asyncio.Server | None = None
         self._streams: set[asyncio.StreamWriter] = set()
-        self.num_spoiled = 0
+        self.num_hit = 0
 
     @property
     def endpoint(self) -> str:
@@ -67,13 +71,13 @@ class StoreRelay:
         await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._suffer(fault, seconds), self._loop))
 
     async def _suffer(self, fault: FaultKind, seconds: float) -> None:
-        self._fault = fault
+        self.fault = fault
         try:
             if fault is FaultKind.STORE_GONE:
                 await self._drop()
             await asyncio.sleep(seconds)
         finally:
-            self._fault = None
+            self.fault = None
             if self._server is None:
                 await self._listen()
 
@@ -84,6 +88,7 @@ class StoreRelay:
         if self._server is not None:
             self._server.close()
             self._server = None
+        self.num_hit += len(self._streams)
         for writer in self._streams:
             writer.close()
 
@@ -95,7 +100,8 @@ class StoreRelay:
         await asyncio.gather(*others, return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError):
+        # A cancelled connection has ended, and asyncio would complain of it.
+        with contextlib.suppress(OSError, asyncio.CancelledError):
             from_store, to_store = await asyncio.open_connection(*self._target)
             self._streams |= {writer, to_store}
             both = [
@@ -123,24 +129,23 @@ class StoreRelay:
         """
         with contextlib.suppress(OSError):
             while chunk := await reader.read(self._chunk_bytes):
-                while self._fault is FaultKind.STORE_SILENT:
+                is_spoiled = self.fault is FaultKind.STORE_CORRUPT and asking is None and len(chunk) > _BODY_BYTES
+                self.num_hit += is_spoiled or self.fault not in (None, FaultKind.STORE_CORRUPT)
+                while self.fault is FaultKind.STORE_SILENT:
                     await asyncio.sleep(_SILENT_POLL_S)
-                if self._fault is FaultKind.STORE_REFUSING:
+                if self.fault is FaultKind.STORE_REFUSING:
                     if asking is not None:
                         asking.write(_REFUSAL)
                         await asking.drain()
                     return
-                if self._fault is FaultKind.STORE_SLOW:
+                if self.fault is FaultKind.STORE_SLOW:
                     await asyncio.sleep(_SLOW_PAUSE_S)
-                if self._fault is FaultKind.STORE_CORRUPT and asking is None and len(chunk) > _BODY_BYTES:
-                    self.num_spoiled += 1
-                    chunk = spoiled(chunk)
-                writer.write(chunk)
+                writer.write(spoiled(chunk) if is_spoiled else chunk)
                 await writer.drain()
 
     @property
     def _chunk_bytes(self) -> int:
-        return _SLOW_CHUNK_BYTES if self._fault is FaultKind.STORE_SLOW else _CHUNK_BYTES
+        return _SLOW_CHUNK_BYTES if self.fault is FaultKind.STORE_SLOW else _CHUNK_BYTES
 
 
 def spoiled(chunk: bytes) -> bytes:

@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import os
 import threading
-import time
 from pathlib import Path
 
 _SEIZE, _INTERRUPT, _DETACH = 0x4206, 0x4207, 17
@@ -27,28 +26,32 @@ def find_thread(pid: int, name: str) -> int | None:
     return None
 
 
-def stop_thread(thread_id: int, seconds: float) -> None:
-    """Stop a thread for so long; blocks meanwhile.
+def stop_thread(thread_id: int, seconds: float, release: threading.Event | None = None) -> None:
+    """Stop a thread for so long, or until `release` is set; blocks meanwhile.
 
     Raises:
         OSError: It cannot be traced: it has ended, or the system forbids it.
     """
     errors: list[OSError] = []
     # A thread of its own: what a tracer has forgotten to let go goes on with the tracer's end.
-    tracer = threading.Thread(target=_trace, args=(thread_id, seconds, errors), name="kelp-chaos-tracer")
+    tracer = threading.Thread(
+        target=_trace, args=(thread_id, seconds, release or threading.Event(), errors), name="kelp-chaos-tracer"
+    )
     tracer.start()
     tracer.join()
     if errors:
         raise errors[0]
 
 
-def _trace(thread_id: int, seconds: float, errors: list[OSError]) -> None:
+def _trace(thread_id: int, seconds: float, release: threading.Event, errors: list[OSError]) -> None:
     try:
         _ptrace(_SEIZE, thread_id)
         _ptrace(_INTERRUPT, thread_id)
         os.waitpid(thread_id, _ALL_CHILDREN)
-        time.sleep(seconds)
-        _ptrace(_DETACH, thread_id)
+        release.wait(seconds)
+        # It may have been killed meanwhile: it stood still until then.
+        with contextlib.suppress(ProcessLookupError):
+            _ptrace(_DETACH, thread_id)
     except OSError as error:
         errors.append(error)
 

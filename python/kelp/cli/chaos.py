@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from kelp.chaos.faults import CLIENT_SIDE, FaultKind, Layout, kinds_for
-from kelp.chaos.fleet_spec import FleetSpec, quick_settings
+from kelp.chaos.fleet_spec import FleetSpec, StoreSpec, quick_settings, usual_deadline_s
 from kelp.chaos.report import Report
 from kelp.chaos.runner import RunSpec, run_attached, run_served
 from kelp.chaos.schedule import ScheduleSpec
@@ -22,6 +22,7 @@ from kelp.cli.options import sayer
 from kelp.core.errors import ConfigError
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|m|h)?")
+_STORE = re.compile(r"([^:/]+):(\d+)/([^/]+)")
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 _PIPE_WIDTH = 160
 _POOL_SIZES = {"mock": 200}
@@ -44,6 +45,13 @@ def chaos_command(
     decode: Annotated[int, typer.Option(min=1, help="Decode workers.")] = 2,
     routers: Annotated[int, typer.Option(min=1, help="Router processes.")] = 1,
     users: Annotated[int, typer.Option(min=1, help="Clients that ask again once answered.")] = 6,
+    deadline: Annotated[
+        str | None, typer.Option(help="Of requests that are to be answered: 30s (mock) or 120s by default.")
+    ] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(help="HOST:PORT/BUCKET of an S3-compatible store that runs; its faults are played, too."),
+    ] = None,
     model: Annotated[Path | None, typer.Option(help="Hugging Face folder (default: SmolLM2-135M-Instruct).")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="Any field of the fleet: group.field=value.")] = (
         None
@@ -67,14 +75,18 @@ def chaos_command(
         num_routers=routers,
         model=model,
         settings={**quick_settings(engine), **_settings(settings or [])},
+        store=parse_store(store) if store else None,
     )
-    kinds = tuple(fault) if fault else tuple(sorted(CLIENT_SIDE)) if attach else kinds_for(layout)
+    kinds = tuple(fault) if fault else tuple(sorted(CLIENT_SIDE)) if attach else kinds_for(layout, store is not None)
     schedule = ScheduleSpec(seed, parse_duration_s(duration), rate, kinds, fleet.prefill_workers, fleet.decode_workers)
     is_computed = engine in _POOL_SIZES and attach is None
-    spec = RunSpec(schedule, users, _POOL_SIZES[engine] if is_computed else _RECORDED_POOL_SIZE)
+    deadline_s = parse_duration_s(deadline, "--deadline") if deadline else usual_deadline_s(engine)
+    pool_size = _POOL_SIZES[engine] if is_computed else _RECORDED_POOL_SIZE
+    spec = RunSpec(schedule, users, pool_size, deadline_s)
     options: dict[str, Any] = {
         "seed": seed, "duration_s": schedule.duration_s, "rate_per_s": rate, "engine": engine, "layout": layout.value,
-        "prefill": prefill, "decode": decode, "routers": routers, "users": users, "attach": attach,
+        "prefill": prefill, "decode": decode, "routers": routers, "users": users, "deadline_s": deadline_s,
+        "attach": attach, "store": store,
         "faults": [kind.value for kind in kinds],
     }  # fmt: skip
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -90,7 +102,19 @@ def chaos_command(
     raise typer.Exit(0 if report.is_clean else 1)
 
 
-def parse_duration_s(text: str) -> float:
+def parse_store(text: str) -> StoreSpec:
+    """An object store of `HOST:PORT/BUCKET`.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    found = _STORE.fullmatch(text)
+    if found is None:
+        raise ConfigError(f"--store {text!r}: must be HOST:PORT/BUCKET, for example 127.0.0.1:8333/kelp")
+    return StoreSpec(found.group(1), int(found.group(2)), found.group(3))
+
+
+def parse_duration_s(text: str, option: str = "--duration") -> float:
     """Seconds of `60s`, `30m`, `2h` or a plain number.
 
     Raises:
@@ -98,7 +122,7 @@ def parse_duration_s(text: str) -> float:
     """
     found = _DURATION.fullmatch(text)
     if found is None or float(found.group(1)) == 0:
-        raise ConfigError(f"--duration {text!r}: must be a number above 0 with s, m or h, for example 90s")
+        raise ConfigError(f"{option} {text!r}: must be a number above 0 with s, m or h, for example 90s")
     return float(found.group(1)) * _SECONDS[found.group(2) or "s"]
 
 

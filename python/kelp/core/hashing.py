@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from kelp.core.types import SequenceHash
 _DIGEST_BYTES = 16
 _TOKEN_BYTES = 4
 _DYNAMO_SEED = 1337
+_MAX_SEEDS = 1024
 HASH_VERSION = 1
 """Changes whenever equal tokens would get another name; part of the seed."""
 _new_block = hashlib.blake2b(digest_size=_DIGEST_BYTES, person=b"kelp-kv-block").copy
@@ -39,6 +41,16 @@ def seed_hash(model_id: str, lora_id: str = "", cache_salt: str = "") -> Sequenc
         lora_id: `core.model_identity.lora_id`: not the name alone, because KV outlives what a name stood for.
         cache_salt: The tenant's.
     """
+    # A salt is a secret, and is not kept.
+    return _seed_hash(model_id, lora_id, cache_salt) if cache_salt else _seed_without_salt(model_id, lora_id)
+
+
+@lru_cache(_MAX_SEEDS)
+def _seed_without_salt(model_id: str, lora_id: str) -> SequenceHash:
+    return _seed_hash(model_id, lora_id, "")
+
+
+def _seed_hash(model_id: str, lora_id: str, cache_salt: str) -> SequenceHash:
     digest = hashlib.blake2b(digest_size=_DIGEST_BYTES, person=b"kelp-kv-seed")
     digest.update(HASH_VERSION.to_bytes(4, "little"))
     for field in (model_id, lora_id, cache_salt):

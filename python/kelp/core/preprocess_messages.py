@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated
 
 import numpy as np
@@ -21,6 +22,7 @@ from kelp.core.types import SequenceHash
 from kelp.core.wire import LoraDigest, Message, decode_message, encode_message
 
 HASH_BYTES = 16
+_MAX_REMEMBERED = 1024
 _TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -88,6 +90,10 @@ class PreparedPrompt:
 
 def options_for(request: LlmRequest, block_size: int) -> PreprocessOptions:
     """What `preprocess` needs to know of a request."""
+    sampling = request.sampling
+    has_own = bool(sampling.stop_token_ids or request.bad_words or request.lora_name or request.cache_salt)
+    if not has_own and sampling.guide is None:
+        return _plain_options(block_size, sampling.max_tokens, not request.output.exclude_input_in_output)
     return PreprocessOptions(
         block_size=block_size,
         max_tokens=request.sampling.max_tokens,
@@ -98,6 +104,11 @@ def options_for(request: LlmRequest, block_size: int) -> PreprocessOptions:
         return_prompt_text=not request.output.exclude_input_in_output,
         guide=request.sampling.guide,
     )
+
+
+@lru_cache(_MAX_REMEMBERED)
+def _plain_options(block_size: int, max_tokens: int, return_prompt_text: bool) -> PreprocessOptions:
+    return PreprocessOptions(block_size=block_size, max_tokens=max_tokens, return_prompt_text=return_prompt_text)
 
 
 def _bytes_tensor(raw: bytes) -> Array:

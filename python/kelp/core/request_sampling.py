@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from pydantic_core import from_json
 
@@ -61,6 +62,9 @@ _DEFAULTS: dict[str, float] = {
     "num_return_sequences": 1,
 }
 _OTHERS = ("ignore_eos", "stop_words", "bad_words", "stop_token_ids", "lora_name")
+_Plain = bool | int | float | str
+_PLAIN = frozenset((*NUMBER_RANGES, "ignore_eos"))
+_MAX_REMEMBERED = 1024
 _SINGLE = frozenset((*NUMBER_RANGES, *_OTHERS, *GUIDE_TENSORS))
 
 VLLM_NAMES: dict[str, str] = {
@@ -200,7 +204,30 @@ def read_sampling(
         InvalidRequest: A value is malformed or out of range, or a key of `sampling_parameters` is unknown.
         NotSupported: A value asks for something that kelp does not do.
     """
-    given = _gather(inputs, parameters)
+    plain = None if parameters else _plain(inputs)
+    return _read(_gather(inputs, parameters), limits) if plain is None else _remembered(limits, *plain)
+
+
+def _plain(inputs: Mapping[str, InputValue]) -> tuple[_Plain, ...] | None:
+    """Names and values in turn, if they are numbers and flags that mean the same each time; else None."""
+    found: list[_Plain] = []
+    for name, value in inputs.items():
+        if name in _PLAIN and isinstance(value, _Plain):
+            found += (name, value)
+        elif name in _SINGLE or name == "sampling_parameters":
+            return None
+    draws_a_seed = inputs.get("temperature", 0.0) != 0.0 and inputs.get("random_seed", -1) == -1
+    return None if draws_a_seed else tuple(found)
+
+
+@lru_cache(_MAX_REMEMBERED, typed=True)
+def _remembered(limits: RequestLimits, *plain: _Plain) -> RequestedSampling:
+    """Clients ask for the same again and again."""
+    names = [str(name) for name in plain[::2]]
+    return _read({name: Given(name, value) for name, value in zip(names, plain[1::2], strict=True)}, limits)
+
+
+def _read(given: Mapping[str, Given], limits: RequestLimits) -> RequestedSampling:
     numbers = _DEFAULTS | {
         name: read_number(given[name].field, given[name].value, allowed)
         for name, allowed in NUMBER_RANGES.items()

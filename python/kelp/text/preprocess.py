@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,13 @@ from kelp.core.model_identity import adapter_digest, lora_id, model_identity
 from kelp.core.preprocess_messages import Prepared, PreparedPrompt, PreprocessOptions
 from kelp.core.request import Prompt
 from kelp.core.request_limits import short_repr
+from kelp.core.types import SequenceHash
 from kelp.text.chat_template import ChatTemplate
 from kelp.text.grammar import GrammarCompiler
 from kelp.text.model_files import first_positive_int, read_json
 from kelp.text.tokenizer import Tokenizer
+
+_MAX_MODELS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,13 +110,18 @@ class Preprocessor:
         return PreparedPrompt(
             input_ids=ids,
             block_hashes=np.frombuffer(hashes, dtype=np.uint8),
-            message=Prepared(
-                seed_hash_hex=seed.hex(),
-                bad_words_ids=self._bad_words_ids(options.bad_words),
-                lora_digest=lora_digest,
-                model_id=self.model_id,
-            ),
+            message=self._message(seed, lora_digest, options),
             prompt_text=text if options.return_prompt_text else "",
+        )
+
+    def _message(self, seed: SequenceHash, lora_digest: str, options: PreprocessOptions) -> Prepared:
+        if not (options.bad_words or options.lora_name or options.cache_salt):
+            return _plain_message(seed, self.model_id)
+        return Prepared(
+            seed_hash_hex=seed.hex(),
+            bad_words_ids=self._bad_words_ids(options.bad_words),
+            lora_digest=lora_digest,
+            model_id=self.model_id,
         )
 
     def _lora_digest(self, name: str) -> str:
@@ -161,3 +170,8 @@ class Preprocessor:
         spellings = dict.fromkeys((*words, *with_space))
         encoded = (tuple(self.tokenizer.encode(spelling, add_special_tokens=False).tolist()) for spelling in spellings)
         return tuple(dict.fromkeys(ids for ids in encoded if ids))
+
+
+@lru_cache(_MAX_MODELS)
+def _plain_message(seed: SequenceHash, model_id: str) -> Prepared:
+    return Prepared(seed_hash_hex=seed.hex(), model_id=model_id)

@@ -19,7 +19,7 @@ from kelp.chaos.report import Report
 from kelp.chaos.scrape import Increase
 from kelp.chaos.storage_faults import corrupt, put_in_place
 from kelp.chaos.verdict import Judgement, Outcome, Tally
-from kelp.cli.chaos import parse_duration_s
+from kelp.cli.chaos import parse_duration_s, parse_store
 from kelp.core.errors import ConfigError
 
 KILL = Fault(1.0, FaultKind.WORKER_KILLED, "decode", Phase.DECODING)
@@ -111,3 +111,12 @@ def test_durations_have_units() -> None:
     for text in ("", "0", "5d", "-3s"):
         with pytest.raises(ConfigError, match="duration"):
             parse_duration_s(text)
+
+
+def test_a_store_is_named_by_host_port_and_bucket() -> None:
+    store = parse_store("127.0.0.1:8333/kelp")
+    assert (store.host, store.port, store.bucket) == ("127.0.0.1", 8333, "kelp")
+    assert store.settings("http://relay")["object_tier.endpoint"] == "http://relay"
+    for text in ("8333/kelp", "127.0.0.1:8333", "http://127.0.0.1:8333/kelp", ""):
+        with pytest.raises(ConfigError, match="HOST:PORT/BUCKET"):
+            parse_store(text)

@@ -168,3 +168,14 @@ def test_greedy_needs_no_seed_and_a_given_seed_is_kept():
     assert _read().params.seed == 0
     assert _read(temperature=1.0, random_seed=5).params.seed == 5
     assert _read(temperature=1.0, random_seed=0).params.seed == 0
+
+
+def test_the_same_numbers_are_read_once_and_what_only_compares_equal_is_not_the_same():
+    assert _read(max_tokens=1, ignore_eos=True) is _read(max_tokens=1, ignore_eos=True)
+    assert _read(max_tokens=2, ignore_eos=True).params.max_tokens == 2
+    for _ in range(2):
+        with pytest.raises(InvalidRequest, match="max_tokens"):
+            _read(max_tokens=True, ignore_eos=True)
+    with pytest.raises(InvalidRequest, match="num_return_sequences"):
+        read_sampling({"num_return_sequences": 4}, {}, RequestLimits(max_return_sequences=3))
+    assert _read(num_return_sequences=4).num_sequences == 4

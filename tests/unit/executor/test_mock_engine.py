@@ -1,12 +1,14 @@
 """Steps of the mock: right tokens on every path, and exactly the time that the timing model says."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from mock_rig import VOCABULARY, MockRig, rig, tokens_of
+from mock_rig import VOCABULARY, MockRig, request, rig, tokens_of
 
 from kelp.core.config import MockConfig
 from kelp.core.messages import SamplingParams
+from kelp.core.types import Role
 from kelp.executor.base import Completed
 from kelp.executor.mock.pace import RealPace
 from kelp.timing.model import TimingModel
@@ -44,6 +46,21 @@ def test_a_request_takes_a_prefill_and_a_step_for_each_further_token(rig: MockRi
     expected_s = DEFAULT.prefill_s(num_prompt_tokens, 0)
     expected_s += sum(DEFAULT.batch_s([], [num_prompt_tokens + index]) for index in range(3))
     assert rig.elapsed_s(PROMPT, 4) == pytest.approx(expected_s)
+
+
+@pytest.mark.parametrize(
+    ("role", "expected"),
+    [(Role.AGGREGATED, ["Tokens", "cached", "Tokens"]), (Role.PREFILL, ["cached", "Prefilled", "Tokens"])],
+)
+def test_tokens_are_told_before_the_books_are_kept_but_after_blocks_that_a_peer_fetches(
+    rig: MockRig, role: Role, expected: list[str]
+) -> None:
+    order: list[str] = []
+    rig.pool.watch(lambda _: order.append("cached"))
+    asked = replace(request(PROMPT, 2, [], role=role), sink=lambda event: order.append(type(event).__name__))
+    rig.engine.add(asked, rig.clock.wall_ns())
+    rig.run()
+    assert [name for name in order if name in expected][:3] == expected
 
 
 def test_cached_blocks_take_no_time(rig: MockRig) -> None:

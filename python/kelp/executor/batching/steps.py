@@ -89,17 +89,21 @@ class Steps:
         num_accepted = len(accepted.token_ids)
         if chunk.num_drafts:
             self._speculation.verified(sequence, chunk.num_drafts, num_accepted - 1)
-        self._scheduler.seal(sequence)
         now_ns = self._clock.wall_ns()
         if sequence.is_prompt_computed and not was_prompt_computed:
             progress.prefill_done_ns = now_ns
-        self.announce(sequence)
         if num_accepted:
             progress.last_token_ns = now_ns
             progress.first_token_ns = progress.first_token_ns or now_ns
+            if not sequence.is_prefill_only:
+                # Before the books are kept: a client waits for tokens, and nobody for those.
+                _emit(sequence, accepted)
+        self._scheduler.seal(sequence)
+        self.announce(sequence)
+        if num_accepted and sequence.is_prefill_only:
             _emit(sequence, accepted)
-            if reason is not None or sequence.is_prefill_only:
-                outcome.ended.append((sequence, reason))
+        if num_accepted and (reason is not None or sequence.is_prefill_only):
+            outcome.ended.append((sequence, reason))
 
     def _report_admission(self, sequence: Sequence) -> None:
         progress = sequence.progress

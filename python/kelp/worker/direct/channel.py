@@ -25,11 +25,12 @@ class DirectChannel:
 
     Attributes:
         is_over: Its last output has been made; nothing is sent any more.
+        has_said_tokens: The connection has been given some.
     """
 
     def __init__(self, number: int, post: Callable[[DirectChannel, ChannelItem], None]) -> None:
         self.number = number
-        self.is_over = False
+        self.is_over = self.has_said_tokens = False
         self._post = post
         self._source: Source | None = None
         self._cancel: Callable[[], None] | None = None

@@ -133,7 +133,8 @@ class RouterConnection(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         configure(transport)
         self._transport = transport
-        self._outgoing = Outgoing(transport, self._parts.stall_timeout_s, self._note_sent_last, self._give_up)
+        timeout_s, requests = self._parts.stall_timeout_s, self._channels
+        self._outgoing = Outgoing(transport, timeout_s, requests, self._note_sent_last, self._give_up)
         self._timer = self._loop.call_later(_HELLO_TIMEOUT_S, self._give_up, "said no hello")
         if self.is_refused:
             self._refuse(CapacityError("too many routers are connected"))
