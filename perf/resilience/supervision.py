@@ -29,7 +29,7 @@ from perf.stats import Pair, median, paired_ratio
 from perf.suite import BenchError
 
 SUPERVISION = "supervision"
-_NUM_ROUNDS, _NUM_LONG_ROUNDS = 45, 150
+_NUM_ROUNDS, _NUM_LONG_ROUNDS = 45, 250
 _NUM_REQUESTS = 160
 """Of a round, about a second: short, so that what else goes on meets both rounds of a pair; the supervisor looks twice
 in it."""

@@ -1,4 +1,4 @@
-"""Stubs that die in the compact layout, where Triton never restarts them: the rest serves on.
+"""Stubs that die in the compact layout, where Triton never restarts them, nor anybody else here: the rest serves on.
 
 The tests of this file share one server and leave it with fewer workers each time.
 """
@@ -27,7 +27,8 @@ from support.serving import KelpServer
 def fleet() -> Iterator[KelpServer]:
     """One prefill and two decode workers in one tritonserver."""
     require_server()
-    with KelpServer(num_blocks=128, settings=FLEET_SETTINGS, arguments=("--decode", "2")).start() as server:
+    settings = {**FLEET_SETTINGS, "supervision.enabled": False, "router.recovery_wait_s": 3.0}
+    with KelpServer(num_blocks=128, settings=settings, arguments=("--decode", "2")).start() as server:
         yield server
 
 

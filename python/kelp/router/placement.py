@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from kelp.client.base import WorkerOutput
@@ -28,6 +28,9 @@ class WorkersView(Protocol):
 
     async def refresh(self) -> None:
         """Look again, now."""
+
+
+_RENEWALS = 2
 
 
 def key_of(record: WorkerRecord) -> WorkerKey:
@@ -119,6 +122,24 @@ def _told(event: Progress | Finished | None) -> FirstToken:
     )
 
 
+@dataclass(slots=True)
+class _Left:
+    """A worker that was left.
+
+    A renewal after that tells the truth: it is not ready, or lives, and only the way to it had broken. The first one
+    that is seen may have been written before.
+    """
+
+    beat_ns: int
+    num_renewals: int = 0
+
+    def still_counts(self, beat_ns: int | None) -> bool:
+        """Whether nobody is to be sent there; None: its record has gone."""
+        if beat_ns is not None and beat_ns != self.beat_ns:
+            self.beat_ns, self.num_renewals = beat_ns, self.num_renewals + 1
+        return beat_ns is not None and self.num_renewals < _RENEWALS
+
+
 class Placer:
     """Finds places; belongs to one event loop."""
 
@@ -130,22 +151,21 @@ class Placer:
         self._admission = admission
         self._ledger = ledger
         self._clock = clock
-        self._left: dict[WorkerKey, int] = {}
+        self._left: dict[WorkerKey, _Left] = {}
         self.update()
 
     def update(self) -> None:
         """The view has been refreshed: take it over."""
         records = self._view.records()
         beats_ns = {key_of(record): record.heartbeat_ns for record in records}
-        # What has changed since tells the truth: gone, not ready, or only the way to it had broken.
-        self._left = {key: beat_ns for key, beat_ns in self._left.items() if beats_ns.get(key) == beat_ns}
+        self._left = {key: left for key, left in self._left.items() if left.still_counts(beats_ns.get(key))}
         self._selector.set_workers([record for record in records if key_of(record) not in self._left])
         self._admission.wake()
 
     def leave(self, record: WorkerRecord) -> None:
         """A worker has ended or gives its requests up: nobody is sent there until it renews its record."""
         latest = next((known for known in self._view.records() if key_of(known) == key_of(record)), record)
-        self._left[key_of(record)] = latest.heartbeat_ns
+        self._left[key_of(record)] = _Left(latest.heartbeat_ns)
         self.update()
 
     async def place(

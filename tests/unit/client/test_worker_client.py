@@ -142,7 +142,7 @@ def test_a_server_that_is_not_there_is_a_lost_worker() -> None:
         async with open_client() as client:
             nowhere = WorkerAddress(f"127.0.0.1:{pick_free('127.0.0.1')}", "decode")
             stream = WorkerRequest(client, nowhere, COMMAND, PROMPT)
-            with pytest.raises(WorkerLost, match=f"worker {nowhere.endpoint}/decode: connection broke"):
+            with pytest.raises(WorkerDied, match=f"worker {nowhere.endpoint}/decode: connection broke"):
                 _ = [output async for output in stream]
             await stream.close()
 

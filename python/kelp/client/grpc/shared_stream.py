@@ -25,6 +25,7 @@ _IDLE_S = 1.0
 _CLOSE_TIMEOUT_S = 1.0
 _ASK_FOR_FINAL = "triton_enable_empty_final_response"
 _FINAL = "triton_final_response"
+_REFUSED = "Connection refused"
 _DEAD_STUB = re.compile(r"Stub process .* is not healthy")
 
 
@@ -144,7 +145,8 @@ class SharedStream:
             async for message in self._call:
                 self._take(message)
         except grpc.RpcError as broken:
-            error = WorkerLost(f"{self._where}: connection broke: {_details(broken)}")
+            details = _details(broken)
+            error = (WorkerDied if _REFUSED in details else WorkerLost)(f"{self._where}: connection broke: {details}")
         except asyncio.CancelledError:
             error = WorkerLost(f"{self._where}: connection broke: cancelled")
         finally:
