@@ -21,7 +21,7 @@ from kelp.core.peer_auth import make_token_file
 from kelp.executor.mock.language import Vocabulary
 from kelp.text.tokenizer import Tokenizer
 from support.etcd_server import EtcdServer, why_no_etcd
-from support.host_server import HostServer, skewed, why_no_skew
+from support.host_server import HostServer, forget_skew, skewed, why_no_skew
 from support.llm_client import Answer, Call
 from support.net_hosts import Network, why_no_network
 from support.seeded_relay import SeededRelay
@@ -77,6 +77,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
         finally:
             for server in (near, far):
                 server.kill()
+            forget_skew()
 
 
 @pytest.fixture

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from kelp.core.config import load_config
 from kelp.registry.access import RegistryAccess, open_registry
 from kelp.registry.base import WorkerRecord
@@ -35,6 +37,14 @@ def why_no_skew() -> str | None:
 def skewed(ahead_s: int) -> tuple[str, ...]:
     """Begins the command line of a process whose clocks are ahead of all others by this."""
     return ("env", f"LD_PRELOAD={_faketime()}", f"FAKETIME={ahead_s:+d}s")
+
+
+def forget_skew() -> None:
+    """Remove what faketime leaves in /dev/shm of processes that were killed."""
+    for path in Path("/dev/shm").glob("*faketime_*"):
+        pid = path.name.rpartition("_")[2]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            path.unlink(missing_ok=True)
 
 
 class HostServer(KelpServer):
