@@ -36,7 +36,7 @@ _MAX_P50, _MAX_P99 = 1.05, 1.10
 """Times as slow as without; the second binds only what the interval does not exclude."""
 METRICS = ("itl_p50", "itl_p99")
 _STORED_SHARE = "stored_share"
-_NUM_ROUNDS = 12
+_NUM_ROUNDS = 24
 _NUM_ROUNDS_LONG = 30
 _THREADS = 2
 _TIMEOUT_S = 120.0
