@@ -163,7 +163,7 @@ class Placer:
         self._admission.wake()
 
     def leave(self, record: WorkerRecord) -> None:
-        """A worker has ended or gives its requests up: nobody is sent there until it renews its record."""
+        """A worker has ended or gives its requests up: nobody is sent there until its record shows that it lives."""
         latest = next((known for known in self._view.records() if key_of(known) == key_of(record)), record)
         self._left[key_of(record)] = _Left(latest.heartbeat_ns)
         self.update()
