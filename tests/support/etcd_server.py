@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 from pathlib import Path
 from types import TracebackType
 
 from support.debian import find_program
+from support.serving import free_ports
 from support.waiting import wait_until
 
 _START_S = 60.0
@@ -22,12 +21,6 @@ _IN_MEMORY = Path("/dev/shm")
 def why_no_etcd() -> str | None:
     """What this machine lacks for an etcd, or None."""
     return None if find_program("etcd") else "there is no etcd (scripts/setup.sh test, or apt-get install etcd-server)"
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 class EtcdServer:
@@ -41,7 +34,7 @@ class EtcdServer:
 
     def __init__(self, host: str = "127.0.0.1", prefix: tuple[str, ...] = (), arguments: tuple[str, ...] = ()) -> None:
         self._host = host
-        self.port, self._peer_port = _free_ports(2)
+        self.port, self._peer_port = free_ports(2)
         self._prefix = prefix
         self._arguments = arguments
         self._folder = Path(tempfile.mkdtemp(prefix="kelp-etcd-", dir=_IN_MEMORY if _IN_MEMORY.is_dir() else None))

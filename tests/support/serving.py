@@ -12,7 +12,6 @@ import importlib.util
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -32,6 +31,7 @@ from kelp.registry.base import WorkerRecord
 from kelp.registry.directory import DirectoryRegistry
 from kelp.supervisor import run_state
 from kelp.supervisor.model import is_intact, models_folder
+from kelp.supervisor.ports import PortClaims
 from kelp.supervisor.triton import find_triton
 from support.llm_client import Answer, Call, ask
 from support.waiting import wait_until
@@ -61,13 +61,13 @@ def why_not() -> str | None:
     return None
 
 
+_PORTS = PortClaims()
+"""Held until this process ends: tests of another one start servers at the same time."""
+
+
 def free_ports(count: int) -> list[int]:
-    """Different ports that nobody uses at this moment."""
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind((HOST, 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
+    """Different ports that nobody uses, and nobody else's test takes."""
+    return [_PORTS.pick(HOST) for _ in range(count)]
 
 
 def new_log(prefix: str) -> Path:

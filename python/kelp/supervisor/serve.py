@@ -25,7 +25,7 @@ from kelp.supervisor.plan import (
     worker_names,
     write_config,
 )
-from kelp.supervisor.ports import pick_free
+from kelp.supervisor.ports import PortClaims
 from kelp.supervisor.server import Launch, TritonServer
 from kelp.supervisor.stop_signals import StopRequested, StopSignals
 from kelp.supervisor.supervised import Supervised
@@ -64,7 +64,8 @@ class Serving:
     def _serve(self, on_ready: Callable[[], None]) -> NoReturn:
         options = self._options
         write_config(options.config, self._launch.run_folder / "kelp.yaml")
-        self._start_all(plan_servers(options, pick_free))
+        with PortClaims() as ports:
+            self._start_all(plan_servers(options, ports.pick))
         self._publish(options.num_prefill, options.num_decode)
         on_ready()
         while True:
@@ -108,7 +109,8 @@ class Serving:
         missing = [worker for worker in workers if f"kelp-{worker.name}" not in running]
         num_before = len(self._servers)
         try:
-            self._start_all([isolated_server(worker, self._options.host, pick_free) for worker in missing])
+            with PortClaims() as ports:
+                self._start_all([isolated_server(worker, self._options.host, ports.pick) for worker in missing])
         except KelpError:
             self._stop_servers(self._servers[num_before:])
             raise

@@ -16,9 +16,9 @@ import pytest
 
 from kelp.core.config import ExecutorConfig, KelpConfig, ModelConfig
 from kelp.core.errors import ConfigError
-from kelp.supervisor import preflight, run_state, shm
+from kelp.supervisor import ports, preflight, run_state, shm
 from kelp.supervisor.plan import ServeOptions
-from kelp.supervisor.ports import is_free, pick_free, require_free
+from kelp.supervisor.ports import PortClaims, is_free, pick_free, require_free
 from kelp.supervisor.run_state import RunState, WantedWorkers
 
 HOST = "127.0.0.1"
@@ -44,6 +44,24 @@ def test_a_port_that_somebody_listens_on_is_not_free(listener: socket.socket) ->
 def test_a_picked_port_can_be_bound() -> None:
     with socket.socket() as server:
         server.bind((HOST, pick_free(HOST)))
+
+
+def test_a_claimed_port_is_nobody_elses_until_it_is_released(monkeypatch: pytest.MonkeyPatch) -> None:
+    lowest = pick_free(HOST)
+    monkeypatch.setattr(ports, "_not_outgoing", lambda: range(lowest, lowest + 1))
+    claims = PortClaims()
+    assert claims.pick(HOST) == lowest
+    with pytest.raises(ConfigError, match=f"no free port on {HOST} among {lowest}-{lowest}"):
+        pick_free(HOST)
+    claims.release()
+    assert pick_free(HOST) == lowest
+
+
+def test_a_picked_port_is_never_one_that_an_outgoing_connection_may_take() -> None:
+    lowest, highest = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    if lowest < 21000 and highest > 64000:
+        pytest.skip(f"this machine's outgoing connections take all of {lowest}-{highest}")
+    assert all(not lowest <= pick_free(HOST) <= highest for _ in range(50))
 
 
 def test_a_port_in_use_is_refused_by_option_port_and_holder(listener: socket.socket) -> None:
