@@ -12,9 +12,9 @@ LONG ?=
 export PYTHON TORCH_INDEX VENV_FLAGS MODEL
 
 BIN := .venv/bin
-CHECKED_TESTS := tests/unit tests/property tests/contract tests/graph tests/shells
+CHECKED_TESTS := tests/unit tests/property tests/fuzz tests/contract tests/graph tests/shells
 
-.PHONY: help setup tools serve test lint check bench bench-peers soak perf-analyzer clean
+.PHONY: help setup tools serve test lint check bench bench-peers chaos fuzz soak perf-analyzer clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,10 +45,16 @@ check: lint ## static checks and the tests that need no Triton; about a minute
 bench: setup tools ## one benchmark suite (SUITE=serve, LONG=1)
 	$(BIN)/python -m perf.run $(SUITE) $(if $(LONG),--long) $(ARGS)
 
+chaos: setup tools ## three minutes of every kind of fault, each token checked (ARGS='--seconds 600 --seed 7')
+	$(BIN)/python -m perf.resilience.gate $(ARGS)
+
 bench-peers: ## install the engines that suites compare against, each into perf/peers/<name>
 	@scripts/install_peers.sh
 
-soak: setup tools ## tests marked slow, over and over for SOAK_MINUTES (default 60)
+fuzz: setup tools ## parsers of what clients and peers say, FUZZ_MINUTES (default 10) for each family
+	@scripts/fuzz.sh $(ARGS)
+
+soak: setup tools ## fuzz, then the tests that run servers, over and over for SOAK_MINUTES (default 60)
 	@scripts/soak.sh
 
 perf-analyzer: setup ## NVIDIA's load generator as .venv/bin/perf_analyzer

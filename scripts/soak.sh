@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
-# Repeats the tests that run real servers until SOAK_MINUTES (60) have passed; stops at the first failure, or when
-# a round leaves shared-memory segments behind. Prints one line per round.
+# Fuzzes every parser that faces a client or a peer for FUZZ_MINUTES (10; 0: not at all), then repeats the tests that
+# run real servers until SOAK_MINUTES (60) have passed; stops at the first finding or failure, or when a round leaves
+# shared-memory segments behind. Prints one line per family of parsers and per round.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 MINUTES=${SOAK_MINUTES:-60}
 LOG=$PWD/perf/results/soak.log
 mkdir -p "$(dirname "$LOG")"
+
+[ "${FUZZ_MINUTES:-10}" = 0 ] || scripts/fuzz.sh
 
 segments() { find /dev/shm -maxdepth 1 -name 'kelp*' | wc -l; }
 

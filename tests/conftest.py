@@ -1,16 +1,20 @@
-"""How the suite is spread over processes when pytest runs with `-n`."""
+"""How the suite is spread over processes when pytest runs with `-n`, and how long properties are looked for."""
 
 from __future__ import annotations
 
 import pytest
+from hypothesis import settings
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
 _SHARING = {
-    "tests/e2e/test_": ("bad_input", "clients", "features", "guided", "kv_tiers", "parity", "sequences"),
+    "tests/e2e/test_": ("bad_input", "clients", "features", "guided", "parity", "sequences"),
     "tests/faults/test_": ("client_gone", "deadlines", "direct_channel", "leases", "lying_peers"),
 }
 """Files whose tests share servers, or a reference, that take long: those of one folder stay in one process."""
+
+settings.register_profile("soak", max_examples=20 * settings.get_profile("default").max_examples)
+"""`--hypothesis-profile=soak` tries twenty times as many examples as `support.examples` is asked for."""
 
 
 class _ByServers(LoadScopeScheduling):
@@ -33,6 +37,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> _ByServ
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever takes long is begun first; but servers that are shared stay until the end, and need memory."""
+    """Whatever takes long is begun first, so that files of seconds are left when one process has nothing more to do."""
     folders = ("tests/e2e/", "tests/faults/")
-    items.sort(key=lambda item: (not item.nodeid.startswith(folders), bool(_sharers(item.nodeid))))
+
+    def rank(item: pytest.Item) -> int:
+        return next((rank for rank, folder in enumerate(folders) if item.nodeid.startswith(folder)), len(folders))
+
+    items.sort(key=lambda item: (rank(item), bool(_sharers(item.nodeid))))

@@ -25,7 +25,7 @@ from perf.rows import Measurement, RequiredRow
 
 OVERLOAD = "overload"
 _FACTORS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
-_DURATION_S, _LONG_DURATION_S = 8.0, 60.0
+_DURATION_S, _LONG_DURATION_S = 8.0, 20.0
 _LEAST_SHARE = 0.9
 _STEP_S = 0.05
 _NUM_SLOTS = 4

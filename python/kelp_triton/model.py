@@ -14,6 +14,7 @@ from typing import Any
 from kelp.core.config import KelpConfig, load_config
 from kelp.core.errors import WorkerLost
 from kelp.core.exchange import as_kelp_error
+from kelp.core.huge_pages import collapse_heap
 from kelp.core.metrics import MODEL_RESTARTS, Metrics
 from kelp.core.schema_types import RESTART_PARAMETER
 from kelp_triton.exchange import Exchange
@@ -58,6 +59,7 @@ class KelpModel:
         gc.collect()
         gc.freeze()
         gc.set_threshold(*_GC_THRESHOLDS)
+        collapse_heap()
 
     def execute(self, requests: list[Any]) -> None:
         """Hand every request to the loop."""

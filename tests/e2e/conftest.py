@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from prompts import MAX_STEP_TOKENS, MAX_TOKENS, PROMPTS
+from prompts import MAX_STEP_TOKENS, PROMPTS
 
 if TYPE_CHECKING:
     from hf_reference import Expected
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 SETTINGS: dict[str, object] = {"executor.max_step_tokens": MAX_STEP_TOKENS}
 HANDED_OVER: dict[str, object] = {**SETTINGS, "router.disaggregation": "always"}
 """By default the router hands a prompt over only where it predicts that this pays."""
+_SHARED = ExitStack()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -36,54 +38,58 @@ def requirements() -> None:
         pytest.skip(reason)
 
 
-def _expected(dtype_name: str, names: list[str]) -> dict[str, Expected]:
-    import torch
-    from hf_reference import HuggingFace
-
-    from support.serving import MODEL
-
-    torch.set_num_threads(1)  # more only fight over a busy machine: measured 4 times slower
-    model = HuggingFace(MODEL, getattr(torch, dtype_name))
-    return {name: model.generate(PROMPTS[name], MAX_TOKENS) for name in names}
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(nextitem: pytest.Item | None) -> None:
+    """Servers that are shared end with the last test of this folder: they need memory that others need."""
+    if nextitem is None or Path(__file__).parent not in nextitem.path.parents:
+        _SHARED.close()
 
 
 @pytest.fixture(scope="session")
 def expected(requirements: None) -> dict[str, Expected]:
     """The reference's greedy continuation of every prompt, fp32."""
-    return _expected("float32", list(PROMPTS))
+    from hf_reference import reference_answers
+
+    return reference_answers("float32", list(PROMPTS))
 
 
 @pytest.fixture(scope="session")
 def expected_bf16(requirements: None) -> dict[str, Expected]:
     """The same in bf16, of every other prompt."""
-    return _expected("bfloat16", list(PROMPTS)[::2])
+    from hf_reference import reference_answers
+
+    return reference_answers("bfloat16", list(PROMPTS)[::2])
 
 
 @pytest.fixture(scope="session")
-def aggregated_server(expected: dict[str, Expected]) -> Iterator[KelpServer]:
+def shared(expected: dict[str, Expected]) -> Iterator[ExitStack]:
+    """What ends with the last test of this folder, or with a run that ends before."""
+    yield _SHARED
+    _SHARED.close()
+
+
+@pytest.fixture(scope="session")
+def aggregated_server(shared: ExitStack) -> KelpServer:
     """One worker does all of it; fp32."""
     from support.serving import KelpServer
 
-    with KelpServer("aggregated", settings=SETTINGS).start() as server:
-        yield server
+    return shared.enter_context(KelpServer("aggregated", settings=SETTINGS).start())
 
 
 @pytest.fixture(scope="session")
-def compact_server(expected: dict[str, Expected]) -> Iterator[KelpServer]:
+def compact_server(shared: ExitStack) -> KelpServer:
     """Prefill and decode in two processes of one tritonserver; fp32. Tests leave it as they found it."""
     from support.serving import KelpServer
 
-    with KelpServer(settings=HANDED_OVER).start() as server:
-        yield server
+    return shared.enter_context(KelpServer(settings=HANDED_OVER).start())
 
 
 @pytest.fixture(scope="session")
-def isolated_server(expected: dict[str, Expected]) -> Iterator[KelpServer]:
+def isolated_server(shared: ExitStack) -> KelpServer:
     """Prefill and decode in two tritonservers, the router in a third; fp32. Tests leave it as they found it."""
     from support.serving import KelpServer
 
-    with KelpServer(isolate=True, settings=HANDED_OVER).start() as server:
-        yield server
+    return shared.enter_context(KelpServer(isolate=True, settings=HANDED_OVER).start())
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from index_check import blocks_held
 from mock_fleet_rig import NUM_ROUTERS, Reference, explain, generate, samples, total, worker_of
 from session_load import BLOCK_SIZE, MAX_TOKENS, NUM_TURNS, SessionLoad, Turn
 
 from kelp.core.hashing import seed_hash, sequence_hashes
+from support.index_check import blocks_held
 from support.llm_client import ServedError
 from support.serving import KelpServer, run_cli
 from support.waiting import wait_until

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
-from hf_reference import Expected
+from hf_reference import Expected, reference_answers
 from kv_host import BLOCK_BYTES, GROUP_BLOCKS, KvHost, reusable_blocks, store_settings
 from kv_storm import NUM_CLIENTS, Case, Storm, storm_cases
 
@@ -35,6 +35,12 @@ class Sites:
 
     first: KvHost
     second: KvHost
+
+
+@pytest.fixture(scope="module")
+def expected(requirements: None) -> dict[str, Expected]:
+    """The reference's answers to these two alone: other files, which need all, run in another process."""
+    return reference_answers("float32", [PROMPT, MIXED])
 
 
 @pytest.fixture(scope="module")

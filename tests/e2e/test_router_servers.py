@@ -100,7 +100,8 @@ def test_each_counts_what_the_other_has_under_way(first: KelpServer, second: Sec
 
     wait_until(lambda: num_seen() >= len(calls), "the other's requests to be counted")
     for name, call in calls.items():
-        assert Answer([began[name], *call]).token_ids == Reference().answer(name, LONG)
+        with call:
+            assert Answer([began[name], *call]).token_ids == Reference().answer(name, LONG)
     wait_until(lambda: num_seen() == 0, "their end to be known")
 
 
@@ -117,7 +118,8 @@ def test_a_killed_server_takes_none_of_the_others_requests_along(first: KelpServ
     began = {name: call.next() for name, call in (staying | lost).items()}
     second.kill()
     for name, call in staying.items():
-        assert Answer([began[name], *call]).token_ids == Reference().answer(name, LONG)
+        with call:
+            assert Answer([began[name], *call]).token_ids == Reference().answer(name, LONG)
     wait_until(lambda: num_known(first) == 0, "the dead router to be forgotten", 20.0)
     first.wait_quiet()
     for number in range(8):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from kelp.core.messages import SamplingParams
 from kelp.executor.batching.batch import SamplePoint
 from kelp.executor.torch.sampler import sample
+from support.examples import examples
 
 VOCAB_SIZE = 40
 
@@ -57,7 +58,7 @@ sampling = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 @given(
     rows=st.lists(st.tuples(sampling, st.integers(0, 9)), min_size=1, max_size=6),
     seed=st.integers(0, 2**32),

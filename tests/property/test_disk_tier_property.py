@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from kelp.kv.tiers.disk import FileDiskTier
+from support.examples import examples
 from support.tier_rig import block, content, disk_config, fill, flip, make_arena, open_disk
 
 NUM_SLOTS, NUM_BLOCKS = 6, 10
@@ -97,5 +98,5 @@ class DiskTierMachine(RuleBasedStateMachine):
 
 TestDiskTier = DiskTierMachine.TestCase
 TestDiskTier.settings = settings(
-    max_examples=20, stateful_step_count=15, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=examples(20), stateful_step_count=15, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )

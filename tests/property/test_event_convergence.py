@@ -25,6 +25,7 @@ from kelp.router.feed.subscription import Subscription
 from kelp.router.feed.values import Action, Apply, AskReplay, AskSnapshot, Forget, SubscriptionState
 from kelp.router.index.kv_index import KVIndex
 from support.event_doubles import END, ForeignEngine, Held, digest16
+from support.examples import examples
 
 CONFIG = EventsConfig(max_buffered_batches=16, max_queued_events=16, replay_batches=6, replay_bytes=65536)
 NUM_BLOCKS = 24
@@ -218,7 +219,7 @@ STEPS = {
 }  # fmt: skip
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(seed=st.integers(0, 2**32), num_steps=st.integers(0, 400))
 def test_after_quiescence_the_index_equals_the_truth(seed: int, num_steps: int) -> None:
     scene = OwnScene(seed)
@@ -286,7 +287,7 @@ class ForeignScene:
 FOREIGN_STEPS = {"change": 30, "deliver": 10, "serve": 10, "wait": 5, "clear": 1, "restart": 2}
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(seed=st.integers(0, 2**32), num_steps=st.integers(0, 400))
 def test_a_foreign_engine_that_still_has_its_batches_ends_up_fully_known(seed: int, num_steps: int) -> None:
     scene = ForeignScene(seed, ring=1000)
@@ -295,7 +296,7 @@ def test_a_foreign_engine_that_still_has_its_batches_ends_up_fully_known(seed: i
     assert scene.router.subscription.state is SubscriptionState.LIVE
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(seed=st.integers(0, 2**32), num_steps=st.integers(0, 400))
 def test_of_a_foreign_engine_with_a_short_memory_nothing_untrue_is_known(seed: int, num_steps: int) -> None:
     scene = ForeignScene(seed, ring=3)

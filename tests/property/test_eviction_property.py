@@ -11,6 +11,7 @@ from kelp.core.config_kv import EvictionName
 from kelp.core.types import SequenceHash
 from kelp.kv.eviction.base import BlockFacts
 from kelp.kv.eviction.catalogue import POLICY_NAMES, make_policy
+from support.examples import examples
 
 NUM_SLOTS = 8
 NUM_SEQUENCES = 6
@@ -100,5 +101,5 @@ class EvictionMachine(RuleBasedStateMachine):
 def test_victims_are_there_unheld_found_and_the_same_for_equal_histories(policy_name: EvictionName) -> None:
     machine = type(f"Machine_{policy_name}", (EvictionMachine,), {"policy_name": policy_name})
     case = machine.TestCase
-    case.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+    case.settings = settings(max_examples=examples(25), stateful_step_count=40, deadline=None)
     case("runTest").runTest()

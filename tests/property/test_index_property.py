@@ -11,6 +11,7 @@ from kelp.core.types import SequenceHash, Tier
 from kelp.router.index import chain_store
 from kelp.router.index.kv_index import KVIndex
 from kelp.router.index.sharing import shared_slot
+from support.examples import examples
 
 _NUM_SLOTS = 4
 _MANAGERS = (shared_slot(0), shared_slot(1))
@@ -137,7 +138,7 @@ def _run(step, target):
         target.apply(step[1], BlocksCleared())
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(75), deadline=None)
 @given(steps=_steps, chain_blocks=st.sampled_from([1, 3, 256]), growing_cells=st.sampled_from([0, 1, 8]))
 def test_the_index_equals_asking_every_worker_and_its_manager_for_every_block_after_any_history(
     steps, chain_blocks, growing_cells
@@ -188,7 +189,7 @@ def _assert_nothing_is_left_when_all_are_cleared(index):
     assert not any(map(index.is_truncated, _HOLDERS))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(steps=_steps)
 def test_under_a_budget_the_index_never_claims_what_a_worker_lacks(steps):
     clock = FakeClock()

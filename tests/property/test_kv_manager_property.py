@@ -44,6 +44,7 @@ from kelp.kv.eviction.catalogue import POLICY_NAMES
 from kelp.kv.manager import catching_up, lower
 from kelp.kv.manager.service import KvBlockManager
 from kelp.kv.tiers.clears import ClearJournal
+from support.examples import examples
 from support.waiting import until
 
 NUM_SLOTS, NUM_DISK_SLOTS, TTL_S = 7, 9, 10.0
@@ -280,7 +281,7 @@ class ManagerMachine(RuleBasedStateMachine):
 
 
 TestManager = ManagerMachine.TestCase
-TestManager.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+TestManager.settings = settings(max_examples=examples(40), stateful_step_count=25, deadline=None)
 
 
 @given(st.binary(max_size=200))

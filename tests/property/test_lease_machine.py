@@ -8,6 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kelp.core.clock import FakeClock
 from kelp.kv.handoff.lease import Lease, LeaseValidity
+from support.examples import examples
 
 TTL_S = 10.0
 DELAYS = st.floats(min_value=0.0, max_value=3 * TTL_S, allow_nan=False)
@@ -92,7 +93,7 @@ class LeaseMachine(RuleBasedStateMachine):
         assert self.num_releases == 1
 
 
-LeaseMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+LeaseMachine.TestCase.settings = settings(max_examples=examples(75), stateful_step_count=30, deadline=None)
 test_lease_machine = LeaseMachine.TestCase
 
 

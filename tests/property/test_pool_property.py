@@ -8,6 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from kelp.core.types import BlockId, SequenceHash
 from kelp.kv.pool import BlockPool
+from support.examples import examples
 
 NUM_BLOCKS = 6
 
@@ -120,5 +121,5 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.pool.num_held == 0
 
 
-PoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+PoolMachine.TestCase.settings = settings(max_examples=examples(60), stateful_step_count=40, deadline=None)
 TestNoBlockIsLostOrFreedTwice = PoolMachine.TestCase

@@ -14,6 +14,7 @@ from kelp.core.request import LlmRequest, parse_request
 from kelp.core.request_limits import RequestLimits
 from kelp.core.request_sampling import NUMBER_RANGES, VLLM_NAMES, VLLM_NEUTRAL
 from kelp.core.schema_inputs import LLM_INPUTS
+from support.request_bounds import assert_within
 
 LIMITS = RequestLimits(max_request_bytes=2048, max_stop_words=3, max_word_bytes=8, max_name_bytes=8)
 JSON_VALUES = st.recursive(
@@ -65,37 +66,26 @@ def _outcome(tensors, parameters):
         return error
 
 
-def _assert_within_limits(request):
-    prompts = [request.prompt.text, request.prompt.messages, request.prompt.input_ids is not None]
-    assert sum(map(bool, prompts)) == 1
-    for words in (request.stop_words, request.bad_words):
-        assert len(words) <= LIMITS.max_stop_words
-        assert all(0 < len(word.encode()) <= LIMITS.max_word_bytes for word in words)
-    assert len(request.sampling.stop_token_ids) <= LIMITS.max_stop_words + 1
-    assert request.sampling.min_tokens <= request.sampling.max_tokens
-    assert np.isfinite([request.sampling.temperature, request.sampling.top_p, request.sampling.min_p]).all()
-
-
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(_tensors(), st.dictionaries(st.sampled_from([*VLLM_NAMES, "other"]), JSON_VALUES, max_size=2))
 def test_any_tensors_give_a_request_or_a_typed_error(tensors, parameters):
     outcome = _outcome(tensors, parameters)
     if isinstance(outcome, LlmRequest):
-        _assert_within_limits(outcome)
+        assert_within(outcome, LIMITS)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.fixed_dictionaries({}, optional={name: hnp.arrays(WELL_SHAPED[name], (1,)) for name in NUMBER_RANGES}))
 def test_a_prompt_with_any_numbers_gives_parameters_in_range_or_a_typed_error(numbers):
     tensors = {"text_input": np.array([b"a"], dtype=object), **numbers}
     outcome = _outcome(tensors, {})
     if isinstance(outcome, LlmRequest):
-        _assert_within_limits(outcome)
+        assert_within(outcome, LIMITS)
     else:
         assert any(name in outcome.text for name in numbers)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(SAMPLING_DOCUMENTS)
 def test_any_sampling_document_gives_a_request_or_an_error_that_names_it(document):
     raw = json.dumps(document).encode()
@@ -105,6 +95,6 @@ def test_any_sampling_document_gives_a_request_or_an_error_that_names_it(documen
     }
     outcome = _outcome(tensors, {})
     if isinstance(outcome, LlmRequest):
-        _assert_within_limits(outcome)
+        assert_within(outcome, LIMITS)
     else:
         assert "sampling_parameters" in outcome.text

@@ -29,6 +29,7 @@ from kelp.executor.batching.history import SequenceRules
 from kelp.executor.batching.scheduler import SchedulerLimits
 from kelp.executor.batching.speculation import SpeculationRules
 from kelp.kv.pool import BlockPool
+from support.examples import examples
 
 MAX_DRAIN_STEPS = 3000
 
@@ -309,5 +310,5 @@ class EngineMachine(RuleBasedStateMachine):
         assert self.pool.num_held == self.pool.num_pinned == 0
 
 
-EngineMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+EngineMachine.TestCase.settings = settings(max_examples=examples(80), stateful_step_count=40, deadline=None)
 TestEveryScheduleYieldsTheUnbatchedTokens = EngineMachine.TestCase

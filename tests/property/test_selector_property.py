@@ -11,6 +11,7 @@ from kelp.core.errors import CapacityError
 from kelp.core.types import Role
 from kelp.router.decision.policies.catalogue import POLICIES
 from kelp.router.decision.selector import Decision, Ended, FirstToken
+from support.examples import examples
 from support.selector_rig import Rig, worker
 
 NAMES = ("a", "b", "c", "p", "q")
@@ -81,7 +82,7 @@ def _check_roles(decision: Decision) -> None:
     assert decision.prefill is None or decision.prefill.role is Role.PREFILL
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(steps=_STEPS, policy=st.sampled_from(list(POLICIES)), mode=st.sampled_from(["auto", "always", "never"]))
 def test_load_is_never_negative_and_returns_to_zero(steps: list[tuple[Any, ...]], policy: str, mode: str) -> None:
     player = _Player(policy, mode)
@@ -93,7 +94,7 @@ def test_load_is_never_negative_and_returns_to_zero(steps: list[tuple[Any, ...]]
     assert abs(player.rig.loads()).max(initial=0.0) < 1e-9
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(steps=_STEPS, policy=st.sampled_from(list(POLICIES)))
 def test_equal_seeds_and_calls_give_equal_choices(steps: list[tuple[Any, ...]], policy: str) -> None:
     players = [_Player(policy, "auto") for _ in range(2)]
@@ -103,7 +104,7 @@ def test_equal_seeds_and_calls_give_equal_choices(steps: list[tuple[Any, ...]], 
     assert players[0].chosen == players[1].chosen
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     policy=st.sampled_from(list(POLICIES)),
     tags=st.lists(st.sampled_from(["east", "west"]), min_size=3, max_size=3),

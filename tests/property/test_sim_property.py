@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from kelp.sim.fleet import Churn, FleetSpec, NetworkSpec, TruthSpec
 from kelp.sim.result import SimResult
 from kelp.sim.run import simulate
+from support.examples import examples
 from support.sim_routers import TurnTaker, random_workload
 
 fleets = st.builds(
@@ -50,7 +51,7 @@ def assert_same(left: SimResult, right: SimResult) -> None:
     np.testing.assert_allclose(left.workers.busy_s, right.workers.busy_s, rtol=0, atol=1e-9)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 @given(fleet=fleets, seed=st.integers(0, 10**6), gap_s=st.sampled_from([0.005, 0.05, 0.5]), is_churning=st.booleans())
 def test_skipping_over_steps_gives_the_same_decisions_and_times_as_taking_each(fleet, seed, gap_s, is_churning):
     if is_churning:
@@ -69,7 +70,7 @@ def test_skipping_over_steps_gives_the_same_decisions_and_times_as_taking_each(f
         np.testing.assert_allclose([at for at, _, _ in left.log], [at for at, _, _ in right.log], rtol=0, atol=1e-9)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 @given(fleet=fleets, seed=st.integers(0, 10**6), gap_s=st.sampled_from([0.005, 0.05, 0.5]))
 def test_every_request_ends_and_no_router_remembers_any(fleet, seed, gap_s):
     result, routers = run(fleet, seed, gap_s, True)

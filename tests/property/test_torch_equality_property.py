@@ -24,6 +24,7 @@ from kelp.executor.batching.speculation import SpeculationRules
 from kelp.executor.torch.load import load_parts
 from kelp.executor.torch.options import TorchExecutorOptions
 from kelp.kv.pool import BlockPool
+from support.examples import examples
 from unit.executor.tiny_llama import Answer, random_prompt, save_model
 
 BLOCK_SIZE = 4
@@ -189,7 +190,7 @@ def test_a_crowded_scene_preempts_drafts_and_shares(parts):
     assert any(answer.end.usage.cached_tokens for answer in run.answers.values())
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(30), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @example(scene=CROWDED)
 @given(scene=Scenes)
 def test_greedy_answers_are_transformers_and_sampled_ones_are_those_of_single_steps(parts, check_greedy, scene):

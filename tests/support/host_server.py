@@ -14,6 +14,7 @@ from kelp.core.config import load_config
 from kelp.registry.access import RegistryAccess, open_registry
 from kelp.registry.base import WorkerRecord
 from support.debian import find_library
+from support.llm_client import http_post
 from support.net_hosts import NetHost
 from support.serving import KelpServer
 
@@ -90,6 +91,19 @@ class HostServer(KelpServer):
         own = [record for record in self.all_records() if record.endpoint == self.grpc_endpoint]
         return {record.model_name: record for record in own}
 
+    def explain(self, request_id: str) -> dict[str, Any]:
+        """The decision about a request, whichever router made it; empty if this one does not come to know it."""
+        status, body = self._generate(text_input="", kelp_explain=request_id)
+        explanation: dict[str, Any] = json.loads(json.loads(body)["text_output"]) if status == 200 else {}
+        return explanation
+
+    def generate(self, **fields: Any) -> dict[str, Any]:
+        """One request over HTTP."""
+        status, body = self._generate(**fields)
+        assert status == 200, body
+        answer: dict[str, Any] = json.loads(body)
+        return answer
+
     def ask_from_inside(self, **fields: Any) -> dict[str, Any]:
         """One request by a client on the host itself, which needs no link."""
         url = f"{self.http_url}/v2/models/llm/generate"
@@ -98,3 +112,6 @@ class HostServer(KelpServer):
         assert done.returncode == 0, done.stderr
         answer: dict[str, Any] = json.loads(done.stdout)
         return answer
+
+    def _generate(self, **fields: Any) -> tuple[int, bytes]:
+        return http_post(f"{self.http_url}/v2/models/llm/generate", {"max_tokens": 1, **fields})

@@ -22,6 +22,8 @@ from support.waiting import wait_until
 
 _NAME = re.compile(r"kelp(\d+)[a-z]+")
 _RELAY_TABLE = "100"
+_NOBODY = 254
+"""Last byte of an address that no host has."""
 
 
 class NetworkUnavailable(Exception):
@@ -107,6 +109,17 @@ class Network:
     def mend(self, host: NetHost) -> None:
         """The link is up again."""
         _run("ip", "-n", self._core, "link", "set", host.link, "up")
+
+    def hide(self, host: NetHost) -> None:
+        """What it sends to the network's own address, and to nobody else, vanishes."""
+        nobody = f"{self._subnet}.{_NOBODY}"
+        neighbour = ("lladdr", "02:00:00:00:00:01", "dev", "eth0", "nud", "permanent")
+        _run("ip", "-n", host.namespace, "neigh", "replace", nobody, *neighbour)
+        _run("ip", "-n", host.namespace, "route", "add", self.address, "via", nobody, "dev", "eth0", "onlink")
+
+    def show(self, host: NetHost) -> None:
+        """It arrives again."""
+        _run("ip", "-n", host.namespace, "route", "del", self.address)
 
     def slow_down(self, host: NetHost, rate: str) -> None:
         """What it receives comes at `rate` at most (`256kbit` for example), and so does what it sends."""

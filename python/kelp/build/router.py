@@ -18,7 +18,8 @@ from kelp.core.outbox import Outbox
 from kelp.core.peer_auth import PeerToken, token_of_server
 from kelp.registry.access import open_registry
 from kelp.registry.view import RecordsView, RegistryView
-from kelp.router.attempt import AttemptParts, Patience, address_of
+from kelp.router.attempt import AttemptParts, address_of
+from kelp.router.patience import Patience
 from kelp.router.relay import RelayItem
 from kelp.router.service import Preprocess, RouterParts, RouterService, StreamCloser
 from kelp.router.stack import Registries, RoutingStack

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +30,7 @@ from kelp.client.grpc import GrpcWorkerClient
 from kelp.core.config import CONFIG_ENV, load_config
 from kelp.core.errors import ConfigError, KelpError
 from kelp.core.messages import WorkerStatus
-from kelp.core.peer_auth import load_token
+from kelp.core.peer_auth import PeerToken, load_token
 from kelp.core.schema import KV_BLOCK_MANAGER, LLM, PREPROCESS
 from kelp.core.types import WorkerState
 from kelp.registry.base import WorkerRecord
@@ -47,6 +48,7 @@ _END_WITH_PARENT = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.e
 """PR_SET_PDEATHSIG, SIGTERM: no orphan when we die without having said goodbye (Linux, prctl(2)). Not in a function
 that runs between fork and exec: gRPC, which this process uses, breaks there."""
 _SERVER = re.compile(r"bin/tritonserver .*--grpc-port=(\d+)")
+_STUB = re.compile(r"(?:^|\s)([a-z0-9_]+?)_0_\d+(?:\s|$)")
 _METRICS = re.compile(r"--metrics-port=(\d+)")
 _LAST_LINES = 6
 
@@ -198,8 +200,7 @@ class ServedFleet:
 
     def stubs(self, model: str) -> list[psutil.Process]:
         """The processes of a model, one per instance."""
-        pattern = re.compile(rf"(?:^|\s){model}_0_\d+(?:\s|$)")
-        return [process for process, command in self._commands() if pattern.search(command)]
+        return [process for process, command in self._commands() if _model_of(command) == model]
 
     def server_of(self, worker: str) -> psutil.Process | None:
         """The tritonserver that a worker runs in."""
@@ -213,11 +214,11 @@ class ServedFleet:
             self._known = {record.model_name: record for record in snapshot}
         return self._known
 
-    def manager_endpoint(self) -> str | None:
-        """Of the tritonserver that the KV block manager runs in."""
+    def manager_address(self) -> WorkerAddress | None:
+        """Of the KV block manager; None where none is registered."""
         with contextlib.suppress(OSError):
             for record in KvManagerDirectory(self.registry, _EXPIRY_S).snapshot():
-                return record.endpoint
+                return WorkerAddress(record.endpoint, record.model_name, epoch=record.epoch)
         return None
 
     def missing(self) -> list[str]:
@@ -227,19 +228,24 @@ class ServedFleet:
         """
         singles = (PREPROCESS.name, KV_BLOCK_MANAGER.name) if self.spec.has_manager else (PREPROCESS.name,)
         expected = {LLM.name: self.spec.num_routers, **dict.fromkeys(singles, 1)}
-        absent = [name for name, count in expected.items() if len(self.stubs(name)) < count]
+        present = Counter(_model_of(command) for _, command in self._commands())
+        absent = [name for name, count in expected.items() if present[name] < count]
         records = self.records()
         unready = [
             name
             for name in (*self.spec.prefill_workers, *self.spec.decode_workers)
-            if name not in records or records[name].state is not WorkerState.READY or not self.stubs(name)
+            if name not in records or records[name].state is not WorkerState.READY or not present[name]
         ]
         return absent + unready
 
-    def worker_client(self) -> GrpcWorkerClient:
-        """A client that this fleet's workers take for one of their own; made on the event loop."""
+    def token(self) -> PeerToken | None:
+        """What makes this fleet's processes take us for one of their own."""
         config = next(iter(self.temporary.glob("kelp-*/serve-*/kelp.yaml")), None)
-        return GrpcWorkerClient(load_token(load_config(path=config).peers) if config else None)
+        return load_token(load_config(path=config).peers) if config else None
+
+    def worker_client(self) -> GrpcWorkerClient:
+        """A client of this fleet's workers; made on the event loop."""
+        return GrpcWorkerClient(self.token())
 
     async def status(self, worker: str, client: GrpcWorkerClient) -> WorkerStatus | None:
         """What a worker holds; None when it does not answer."""
@@ -270,6 +276,12 @@ class ServedFleet:
                 last = " | ".join(self.output.strip().splitlines()[-_LAST_LINES:])
                 raise ConfigError(f"kelp serve did not come up: {last or 'no output'}")
             time.sleep(_POLL_S)
+
+
+def _model_of(command: str) -> str:
+    """Whose process a command line is; empty for anything else."""
+    found = _STUB.search(command)
+    return found.group(1) if found else ""
 
 
 def _marked(temporary: str) -> Iterator[psutil.Process]:

@@ -11,9 +11,18 @@ from kelp.supervisor.plan import worker_names
 
 HOST = "127.0.0.1"
 MANAGER_SETTING = "kv_manager.enabled"
-_DEADLINES_S = {"mock": 30.0}
-_SLOW_DEADLINE_S = 120.0
+_DEADLINES_S = {"mock": 60.0}
+_SLOW_DEADLINE_S = 180.0
 """On two cores a torch worker is back after half a minute, longer with others beside it."""
+_BURSTS = {"mock": 48}
+_SLOW_BURST = 24
+_MOCK_OBJECT_BYTES = 1024
+"""A mock block is 128 bytes: some prompts fill several objects, and few none."""
+
+
+def usual_burst(engine: str) -> int:
+    """Requests at once that are more than the fleet's workers have places for, and are answered or shed in time."""
+    return _BURSTS.get(engine, _SLOW_BURST)
 
 
 def usual_deadline_s(engine: str) -> float:
@@ -33,14 +42,30 @@ def quick_settings(engine: str) -> dict[str, str]:
         "registry.expiry_s": "3",
         "kv_manager.host_bytes": str(64 * 1024**2),
         "disk_tier.max_bytes": str(128 * 1024**2),
+        "object_tier.object_bytes": str(256 * 1024),
+        "offload.onboard": "always",
         "events.drop_share": "0.02",
         "events.duplicate_share": "0.02",
         "events.reorder_share": "0.02",
         "watchdog.step_timeout_s": "4",
+        "supervision.longest_backoff_s": "4",
     }
     by_engine = {
-        "mock": {"mock.timing.step_s": "0.02"},
-        "torch": {"executor.dtype": "float32", "watchdog.step_timeout_s": "10", "registry.expiry_s": "6"},
+        "mock": {
+            "mock.timing.step_s": "0.02",
+            "executor.num_blocks": "384",
+            "kv_manager.host_bytes": str(8 * 1024**2),
+            "disk_tier.max_bytes": str(16 * 1024**2),
+            "object_tier.object_bytes": str(_MOCK_OBJECT_BYTES),
+        },
+        "torch": {
+            "executor.dtype": "float32",
+            "executor.num_blocks": "384",
+            "executor.max_running": "6",
+            "router.recovery_wait_s": "45",
+            "watchdog.step_timeout_s": "10",
+            "registry.expiry_s": "6",
+        },
     }
     return {**settings, **by_engine.get(engine, {})}
 
@@ -63,7 +88,6 @@ class StoreSpec:
         return {
             "object_tier.endpoint": endpoint,
             "object_tier.bucket": self.bucket,
-            "object_tier.object_bytes": str(256 * 1024),
             "object_tier.timeout_s": "1",
             "object_tier.retry_after_s": "1",
             "object_tier.refresh_s": "5",

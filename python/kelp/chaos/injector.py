@@ -13,25 +13,30 @@ import psutil
 from kelp.chaos.done import Done, Victimless
 from kelp.chaos.faults import Fault, FaultKind, Layout, Phase
 from kelp.chaos.fleet import ServedFleet
+from kelp.chaos.fleet_spec import usual_burst
 from kelp.chaos.load import Load
 from kelp.chaos.questions import Questions
 from kelp.chaos.storage_faults import StorageFaults
 from kelp.chaos.thread_stop import find_thread, stop_thread
+from kelp.chaos.tier_faults import TierFaults
 from kelp.client.base import WorkerAddress
 from kelp.client.grpc import GrpcWorkerClient, TritonControl
 from kelp.core.errors import KelpError
 from kelp.core.messages import DrainCommand, WorkerStatus
-from kelp.core.schema import KV_BLOCK_MANAGER, LLM
+from kelp.core.schema import KV_BLOCK_MANAGER, LLM, PREPROCESS
 from kelp.core.schema_types import RESTART_PARAMETER
 from kelp.executor.batching.executor import ENGINE_THREAD
 
 _PHASE_WAIT_S = 3.0
 _POLL_S = 0.03
 _VICTIM_WAIT_S = 5.0
+_FRONT_WAIT_S = 20.0
+_SERVING_S = 5.0
+_UNNOTICED_S = 6.0
+"""Within this time a fault that found a victim is done, and the registry knows of it."""
 _DRAIN_S = 15.0
 _NUM_LEAVING = 4
 _NUM_HURRIED = 6
-_NUM_BURST = 48
 
 
 class Injector:
@@ -48,6 +53,9 @@ class Injector:
         self._rng = random.Random(seed)
         self._workers = GrpcWorkerClient() if fleet is None else fleet.worker_client()
         self._num_reloads = 0
+        self._num_burst = usual_burst(fleet.spec.engine if fleet is not None else "mock")
+        self._choosing = asyncio.Lock()
+        self._gone_until_s: dict[str, float] = {}
         self._actions: dict[FaultKind, Callable[[Fault], Awaitable[str]]] = {
             FaultKind.WORKER_KILLED: self._kill_worker,
             FaultKind.WORKER_PAUSED: self._pause_worker,
@@ -65,12 +73,16 @@ class Injector:
             FaultKind.OVERLOAD: self._overload,
             FaultKind.BAD_INPUT: self._ask_badly,
         }
+        self._tiers: TierFaults | None = None
         if fleet is not None:
-            self._actions |= StorageFaults(fleet, self._rng).actions
+            self._tiers = TierFaults(fleet, load, questions, self._rng)
+            self._actions |= {**StorageFaults(fleet).actions, **self._tiers.actions}
 
     async def close(self) -> None:
         """Close its connections."""
         await self._workers.close()
+        if self._tiers is not None:
+            await self._tiers.close()
 
     async def do(self, fault: Fault) -> Done:
         """One fault to its end."""
@@ -92,7 +104,7 @@ class Injector:
         return self._fleet
 
     async def _kill_worker(self, fault: Fault) -> str:
-        await self._wait_spare(fault.target)
+        await self._wait_spare(fault)
         phase = fault.phase if fault.phase and await self._wait_phase(fault.target, fault.phase) else None
         stub = self._stub(fault.target)
         stub.kill()
@@ -108,7 +120,7 @@ class Injector:
         return f"{fault.target} ({stub.pid}) for {fault.lasts_s:.1f} s"
 
     async def _stop_engine(self, fault: Fault) -> str:
-        await self._wait_spare(fault.target)
+        await self._wait_spare(fault)
         stub = self._stub(fault.target)
         thread = find_thread(stub.pid, ENGINE_THREAD)
         if thread is None:
@@ -117,7 +129,7 @@ class Injector:
         return f"thread {thread} of {fault.target} ({stub.pid}) for {fault.lasts_s:.1f} s"
 
     async def _reload_worker(self, fault: Fault) -> str:
-        await self._wait_spare(fault.target)
+        await self._wait_spare(fault)
         record = self._served.records().get(fault.target)
         server = self._served.server_of(fault.target)
         if record is None or server is None:
@@ -133,15 +145,16 @@ class Injector:
         return f"{fault.target} {status.state}, {status.num_running + status.num_waiting} requests left"
 
     async def _reload_router(self, _: Fault) -> str:
+        await self._wait_front()
         await asyncio.to_thread(self._load_anew, self._served.endpoint, LLM.name)
         return LLM.name
 
     async def _reload_manager(self, _: Fault) -> str:
-        endpoint = self._served.manager_endpoint()
-        if endpoint is None:
+        address = self._served.manager_address()
+        if address is None:
             raise Victimless("no KV block manager is registered")
-        await asyncio.to_thread(self._load_anew, endpoint, KV_BLOCK_MANAGER.name)
-        return f"{KV_BLOCK_MANAGER.name} at {endpoint}"
+        await asyncio.to_thread(self._load_anew, address.endpoint, KV_BLOCK_MANAGER.name)
+        return f"{KV_BLOCK_MANAGER.name} at {address.endpoint}"
 
     def _load_anew(self, endpoint: str, model: str) -> None:
         """Triton loads nothing unchanged, so a parameter without a meaning changes."""
@@ -152,29 +165,31 @@ class Injector:
             control.load(model, {**config, "parameters": {**config.get("parameters", {}), **mark}})
 
     async def _kill_server(self, fault: Fault) -> str:
-        server = await self._spare_server(fault.target)
+        server = await self._spare_server(fault)
         server.kill()
         return f"server of {fault.target} ({server.pid})"
 
     async def _terminate_server(self, fault: Fault) -> str:
-        server = await self._spare_server(fault.target)
+        server = await self._spare_server(fault)
         server.terminate()
         return f"server of {fault.target} ({server.pid})"
 
-    async def _spare_server(self, worker: str) -> psutil.Process:
-        await self._wait_spare(worker)
-        server = self._served.server_of(worker)
+    async def _spare_server(self, fault: Fault) -> psutil.Process:
+        await self._wait_spare(fault)
+        server = self._served.server_of(fault.target)
         if server is None:
-            raise Victimless(f"{worker} has no server")
+            raise Victimless(f"{fault.target} has no server")
         return server
 
     async def _kill_router(self, _: Fault) -> str:
+        await self._wait_front()
         return self._kill_one(LLM.name)
 
     async def _kill_manager(self, _: Fault) -> str:
         return self._kill_one(KV_BLOCK_MANAGER.name)
 
     async def _kill_front(self, _: Fault) -> str:
+        await self._wait_front()
         server = self._served.servers().get(self._served.grpc_port)
         if server is None:
             raise Victimless("the public server is not there")
@@ -191,8 +206,8 @@ class Injector:
         return f"{_NUM_HURRIED} requests"
 
     async def _overload(self, _: Fault) -> str:
-        await self._load.ask_all([self._questions.next() for _ in range(_NUM_BURST)])
-        return f"{_NUM_BURST} requests"
+        await self._load.ask_all([self._questions.next() for _ in range(self._num_burst)])
+        return f"{self._num_burst} requests"
 
     async def _ask_badly(self, _: Fault) -> str:
         bad = self._questions.bad()
@@ -213,16 +228,45 @@ class Injector:
             raise Victimless(f"{worker} has no process")
         return stubs[0]
 
-    async def _wait_spare(self, worker: str) -> None:
-        """Wait until the fleet can do without a worker: nothing is proven by killing the last one that decodes."""
-        deadline_s = time.monotonic() + _VICTIM_WAIT_S
-        while not self._is_spare(worker):
+    async def _wait_spare(self, fault: Fault) -> None:
+        """Wait until the fleet can do without a worker: nothing is proven by killing the last one that decodes.
+
+        From then on the worker counts as gone: two faults that wait for each other's victims must not both come.
+        """
+        worker, deadline_s = fault.target, time.monotonic() + _VICTIM_WAIT_S
+        while True:
+            async with self._choosing:
+                if await asyncio.to_thread(self._is_spare, worker):
+                    self._gone_until_s[worker] = time.monotonic() + _UNNOTICED_S + fault.lasts_s
+                    return
             if time.monotonic() > deadline_s:
                 raise Victimless(f"{worker} is down, or no other worker decodes")
             await asyncio.sleep(_POLL_S * 10)
 
+    async def _wait_front(self) -> None:
+        """Wait until whoever asks has been served again for a while.
+
+        All clients wait where there is one router. One that is ended over and over before it can serve, for longer than
+        a deadline, would show how long that is and nothing else.
+        """
+        now_s = time.monotonic()
+        ended_s, deadline_s = now_s, now_s + _FRONT_WAIT_S
+        while now_s < ended_s + _SERVING_S:
+            await asyncio.sleep(_POLL_S * 10)
+            now_s = time.monotonic()
+            if not await asyncio.to_thread(self._is_front_whole):
+                ended_s = now_s
+            if now_s > deadline_s:
+                raise Victimless("the router has not been back for long")
+
+    def _is_front_whole(self) -> bool:
+        with contextlib.closing(TritonControl(self._served.endpoint)) as control:
+            is_ready = control.is_model_ready(LLM.name)
+        return is_ready and not {LLM.name, PREPROCESS.name} & set(self._served.missing())
+
     def _is_spare(self, worker: str) -> bool:
-        missing = self._served.missing()
+        now_s = time.monotonic()
+        missing = {*self._served.missing(), *(name for name, end_s in self._gone_until_s.items() if now_s < end_s)}
         return worker not in missing and any(
             name not in missing and name != worker for name in self._served.spec.decode_workers
         )

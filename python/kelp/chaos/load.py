@@ -87,17 +87,17 @@ class Load:
         self._on_answered = on_answered
         self._num_asked = 0
 
-    async def run_users(self, questions: Questions, num_users: int, until_s: float) -> None:
+    async def run_users(self, questions: Questions, num_users: int, is_over: Callable[[], bool]) -> None:
         """So many users, each asking again once answered, or a second after a refusal that says to come again later.
 
         Args:
             questions: Where they come from.
             num_users: How many there are.
-            until_s: The end, by `time.monotonic()`.
+            is_over: Whether nobody asks any more.
         """
 
         async def user() -> None:
-            while time.monotonic() < until_s:
+            while not is_over():
                 answered = await self.ask(questions.next())
                 if answered.judgement.outcome is Outcome.SHED:
                     await asyncio.sleep(_SHED_PAUSE_S)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +31,9 @@ DEADLINE_S = 30.0
 _TOO_SHORT_S = (0.001, 0.4)
 _LEAVE_TOKENS = 5
 _MS = 1e3
+_SALTED_SHARE, _AGAIN_SHARE = 0.5, 0.1
+_MAX_REMEMBERED = 160
+"""Long enough ago for workers' pools to have lost the first of them, and near enough for lower tiers to have them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,13 +138,26 @@ class Questions:
         self._rng = random.Random(seed)
         self._deadline_s = deadline_s
         self._num_salts = 0
+        self._asked: deque[Question] = deque(maxlen=_MAX_REMEMBERED)
         documents = [self._text(_DOCUMENT_SENTENCES) for _ in range(_NUM_DOCUMENTS)]
         self.pool = tuple(self._make(documents) for _ in range(pool_size))
 
     def next(self) -> Question:
-        """A question that is to be answered; half of them find nothing in any cache."""
-        question = self._rng.choice(self.pool)
-        return self._salted(question) if self._rng.random() < 0.5 else question
+        """A question that is to be answered; nearly half find nothing in any cache, some lie in a lower tier alone."""
+        question, drawn = self._rng.choice(self.pool), self._rng.random()
+        if drawn < _AGAIN_SHARE and self._asked:
+            return self._asked[0]
+        if drawn > _SALTED_SHARE:
+            return question
+        salted = self._salted(question)
+        self._asked.append(salted)
+        return salted
+
+    def asked_before(self, count: int) -> list[Question]:
+        """Some of those that were asked once, and long ago, as far as memory goes back; none of the shorter prompts."""
+        asked = list(self._asked)[: max(count, len(self._asked) // 2)]
+        longest = sorted(asked, key=lambda question: -len(question.prompt))[: max(count, len(asked) // 2)]
+        return self._rng.sample(longest, min(count, len(longest)))
 
     def leaving(self, phase: Phase) -> Question:
         """A question whose client goes in a phase, as near as a client can tell."""

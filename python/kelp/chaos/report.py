@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kelp.chaos.done import Done
+from kelp.chaos.faults import FaultKind
 from kelp.chaos.leaks import Leak, count_by_kind
 from kelp.chaos.load import Answered
 from kelp.chaos.verdict import Outcome, Tally
@@ -53,6 +54,18 @@ class Report:
         bad = (Outcome.FAILED, Outcome.WRONG, Outcome.HUNG)
         return not any(self.tally.outcomes[outcome] for outcome in bad) and not self.leaks and not self.unhealed
 
+    @property
+    def kinds_not_done(self) -> tuple[FaultKind, ...]:
+        """Kinds of fault that were tried, and have hit nobody."""
+        done = {item.fault.kind for item in self.faults if item.is_done}
+        return tuple(sorted({item.fault.kind for item in self.faults} - done))
+
+    @property
+    def longest_gap_s(self) -> float:
+        """From the start or a fault that was done to the next one."""
+        times = sorted([self.started_s, *(item.at_s for item in self.faults if item.is_done)])
+        return max((later - earlier for earlier, later in zip(times, times[1:], strict=False)), default=0.0)
+
     def extended(self, leaks: Sequence[Leak], warnings: Sequence[str]) -> Report:
         """The same run, once the fleet has been stopped."""
         return replace(self, leaks=tuple(leaks), warnings=tuple(warnings))
@@ -72,6 +85,8 @@ class Report:
             "leaks": [{"kind": leak.kind, "what": leak.what} for leak in self.leaks],
             "unhealed": list(self.unhealed),
             "warnings": list(self.warnings),
+            "kinds_not_done": [kind.value for kind in self.kinds_not_done],
+            "longest_gap_s": round(self.longest_gap_s, 3),
             "faults": [self._fault(done) for done in self.faults],
             "troubles": [self._trouble(answered) for answered in self.troubles],
         }

@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 
+from kelp.chaos.course import Course
 from kelp.chaos.done import Done
 from kelp.chaos.faults import CLIENT_SIDE, Fault
 from kelp.chaos.fleet import ServedFleet
@@ -30,9 +31,10 @@ from kelp.supervisor.kv_manager import arena_folder_of
 from kelp.supervisor.ports import is_free
 
 _WATCH_S = 0.5
-_HEAL_S = 60.0
+_HEAL_S = 120.0
 _QUIET_S = 40.0
 _NUM_PROBES = 4
+_RECORDED_AT_ONCE = 4
 Say = Callable[[str], None]
 
 
@@ -101,10 +103,11 @@ class Run:
         injector = Injector(self._fleet, load, questions, self._spec.seed)
         watching = asyncio.ensure_future(self._watch())
         started_s = time.monotonic()
+        course = Course(injector.do, self._spec.schedule.duration_s, lambda done: self._say(_line(done, started_s)))
         try:
             self._say(f"{len(faults)} faults in {self._spec.schedule.duration_s:.0f} s")
-            users = load.run_users(questions, self._spec.num_users, started_s + self._spec.schedule.duration_s)
-            _, done = await asyncio.gather(users, self._break(injector, faults, started_s))
+            users = load.run_users(questions, self._spec.num_users, lambda: course.is_over)
+            _, done = await asyncio.gather(users, course.play(faults))
             unhealed = await self._heal()
             await load.ask_all([questions.next() for _ in range(_NUM_PROBES)])
             leaks = await self._look()
@@ -118,23 +121,13 @@ class Run:
         if self._reference is not None:
             return self._reference
         self._say(f"recording {len(questions.pool)} answers of the undisturbed server")
-        recorded = RecordedReference()
-        for question in questions.pool:
-            recorded.record(question, await _ask_once(client, question.fields(question.deadline_s)))
+        recorded, pool = RecordedReference(), questions.pool
+        for first in range(0, len(pool), _RECORDED_AT_ONCE):
+            asked = pool[first : first + _RECORDED_AT_ONCE]
+            answers = await asyncio.gather(*(_ask_once(client, item.fields(item.deadline_s)) for item in asked))
+            for question, tokens in zip(asked, answers, strict=True):
+                recorded.record(question, tokens)
         return recorded
-
-    async def _break(self, injector: Injector, faults: Sequence[Fault], started_s: float) -> list[Done]:
-        """Each fault at its time, whether or not the one before has ended."""
-        running = []
-        for fault in faults:
-            await asyncio.sleep(max(0.0, started_s + fault.at_s - time.monotonic()))
-            running.append(asyncio.ensure_future(self._do(injector, fault, started_s)))
-        return list(await asyncio.gather(*running))
-
-    async def _do(self, injector: Injector, fault: Fault, started_s: float) -> Done:
-        done = await injector.do(fault)
-        self._say(f"{done.at_s - started_s:6.1f} s  {fault.name}: {done.note if done.is_done else f'no: {done.note}'}")
-        return done
 
     async def _watch(self) -> None:
         """Remember what is mapped and counted while it is there to be seen."""
@@ -170,6 +163,10 @@ class Run:
                 await asyncio.sleep(_WATCH_S)
         finally:
             await workers.close()
+
+
+def _line(done: Done, started_s: float) -> str:
+    return f"{done.at_s - started_s:6.1f} s  {done.fault.name}: {done.note if done.is_done else f'no: {done.note}'}"
 
 
 async def _ask_once(client: LlmClient, fields: dict[str, Any]) -> list[list[int]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
 import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -14,8 +13,6 @@ from kelp.chaos.faults import OF_STORE, Fault, FaultKind
 from kelp.chaos.fleet import ServedFleet
 from kelp.chaos.room import Room
 
-_NUM_FLIPPED = 64
-_SLOT_FILE_BYTES = 65536
 _MAX_RENAMES = 100
 _MIB = 1 << 20
 
@@ -27,34 +24,20 @@ class StorageFaults:
         actions: By kind.
     """
 
-    def __init__(self, fleet: ServedFleet, rng: random.Random) -> None:
+    def __init__(self, fleet: ServedFleet) -> None:
         self._fleet = fleet
-        self._rng = rng
         self.actions: dict[FaultKind, Callable[[Fault], Awaitable[str]]] = {
             FaultKind.REGISTRY_GONE: self._hide_registry,
-            FaultKind.BLOCK_CORRUPTED: self._corrupt_block,
             FaultKind.MEMORY_FULL: self._fill_memory,
             FaultKind.DISK_FULL: self._fill_disk,
             FaultKind.DISK_SLOW: self._slow_disk,
-            **dict.fromkeys(OF_STORE, self._break_store),
+            **dict.fromkeys(OF_STORE - {FaultKind.STORE_CORRUPT}, self._break_store),
         }
 
     async def _hide_registry(self, fault: Fault) -> str:
         registry = self._fleet.registry
         await _without(registry, fault.lasts_s)
         return f"{registry.name} away for {fault.lasts_s:.1f} s"
-
-    async def _corrupt_block(self, _: Fault) -> str:
-        # In a thread: the disk may be slow meanwhile.
-        return await asyncio.to_thread(self._corrupt_now)
-
-    def _corrupt_now(self) -> str:
-        files = [path for path in self._fleet.seen(self._fleet.disk).rglob("*") if _is_slot_file(path)]
-        if not files:
-            raise Victimless("there is nothing on disk")
-        path = self._rng.choice(sorted(files))
-        corrupt(path, self._rng, _NUM_FLIPPED)
-        return f"{_NUM_FLIPPED} bytes of {path.name}"
 
     async def _fill_memory(self, fault: Fault) -> str:
         num_bytes = await self._room.fill_memory(fault.lasts_s)
@@ -83,21 +66,6 @@ class StorageFaults:
         if self._fleet.room is None:
             raise Victimless(self._fleet.no_room)
         return self._fleet.room
-
-
-def corrupt(path: Path, rng: random.Random, num_bytes: int) -> None:
-    """Turn over bits of bytes all over a file."""
-    size = path.stat().st_size
-    with path.open("r+b") as file:
-        for place in (rng.randrange(size) for _ in range(num_bytes)):
-            file.seek(place)
-            byte = file.read(1)
-            file.seek(place)
-            file.write(bytes([byte[0] ^ 0xFF]))
-
-
-def _is_slot_file(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size >= _SLOT_FILE_BYTES
 
 
 async def _without(folder: Path, seconds: float) -> None:

@@ -1,6 +1,6 @@
 """A TCP relay in front of an object store: gone, silent, slow, refusing or lying for a while, and whole again.
 
-It knows only as much of HTTP as it takes to refuse.
+It knows only as much of HTTP as it takes to refuse, and to tell the bytes of an object from heads and listings.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ _CHUNK_BYTES = 64 * 1024
 _SLOW_CHUNK_BYTES = 2048
 _SLOW_PAUSE_S = 0.05
 _SILENT_POLL_S = 0.05
-_BODY_BYTES = 8192
-"""A chunk of an answer that is larger has more in it than a head."""
+_HEAD_START, _HEAD_END = b"HTTP/1.", b"\r\n\r\n"
+_LISTING = b"xml"
 _REFUSAL = b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
@@ -31,7 +31,8 @@ class StoreRelay:
 
     Attributes:
         fault: What it suffers from now.
-        num_hit: Pieces and connections that a fault has met.
+        num_hit: Pieces and connections that a fault has met,
+        num_spoiled: and those of them that went on with other bytes of an object.
     """
 
     def __init__(self, host: str, port: int, own_port: int) -> None:
@@ -42,7 +43,9 @@ class StoreRelay:
         self.fault: FaultKind | None = None
         self._server: asyncio.Server | None = None
         self._streams: set[asyncio.StreamWriter] = set()
+        self._in_turn = asyncio.Lock()
         self.num_hit = 0
+        self.num_spoiled = 0
 
     @property
     def endpoint(self) -> str:
@@ -67,19 +70,20 @@ class StoreRelay:
             self._loop.close()
 
     async def suffer(self, fault: FaultKind, seconds: float) -> None:
-        """One of the store's faults for so long; from any event loop."""
+        """One of the store's faults for so long, once an earlier one has ended; from any event loop."""
         await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._suffer(fault, seconds), self._loop))
 
     async def _suffer(self, fault: FaultKind, seconds: float) -> None:
-        self.fault = fault
-        try:
-            if fault is FaultKind.STORE_GONE:
-                await self._drop()
-            await asyncio.sleep(seconds)
-        finally:
-            self.fault = None
-            if self._server is None:
-                await self._listen()
+        async with self._in_turn:
+            self.fault = fault
+            try:
+                if fault is FaultKind.STORE_GONE:
+                    await self._drop()
+                await asyncio.sleep(seconds)
+            finally:
+                self.fault = None
+                if self._server is None:
+                    await self._listen()
 
     async def _listen(self) -> None:
         self._server = await asyncio.start_server(self._serve, _HOST, self._port)
@@ -127,9 +131,12 @@ class StoreRelay:
             writer: Where it goes.
             asking: Whoever asks, in the direction of the requests.
         """
+        is_object = False
         with contextlib.suppress(OSError):
             while chunk := await reader.read(self._chunk_bytes):
-                is_spoiled = self.fault is FaultKind.STORE_CORRUPT and asking is None and len(chunk) > _BODY_BYTES
+                is_object, num_body = object_bytes(chunk, is_object)
+                is_spoiled = self.fault is FaultKind.STORE_CORRUPT and asking is None and num_body > 0
+                self.num_spoiled += is_spoiled
                 self.num_hit += is_spoiled or self.fault not in (None, FaultKind.STORE_CORRUPT)
                 while self.fault is FaultKind.STORE_SILENT:
                     await asyncio.sleep(_SILENT_POLL_S)
@@ -146,6 +153,20 @@ class StoreRelay:
     @property
     def _chunk_bytes(self) -> int:
         return _SLOW_CHUNK_BYTES if self.fault is FaultKind.STORE_SLOW else _CHUNK_BYTES
+
+
+def object_bytes(chunk: bytes, is_object: bool) -> tuple[bool, int]:
+    """Whether an answer is an object, not a listing or an error, and how many of a chunk's bytes are the object's.
+
+    Args:
+        chunk: Of an answer.
+        is_object: Whether the chunk before it was of an object.
+    """
+    if not chunk.startswith(_HEAD_START):
+        return is_object, len(chunk) if is_object else 0
+    head, _, body = chunk.partition(_HEAD_END)
+    is_object = _LISTING not in head.lower()
+    return is_object, len(body) if is_object else 0
 
 
 def spoiled(chunk: bytes) -> bytes:

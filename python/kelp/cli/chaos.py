@@ -27,7 +27,7 @@ _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 _PIPE_WIDTH = 160
 _POOL_SIZES = {"mock": 200}
 _RECORDED_POOL_SIZE = 12
-"""Answers that nobody can compute are asked for one by one before the first fault."""
+"""Answers that nobody can compute are asked for before the first fault."""
 
 
 def chaos_command(
@@ -46,7 +46,7 @@ def chaos_command(
     routers: Annotated[int, typer.Option(min=1, help="Router processes.")] = 1,
     users: Annotated[int, typer.Option(min=1, help="Clients that ask again once answered.")] = 6,
     deadline: Annotated[
-        str | None, typer.Option(help="Of requests that are to be answered: 30s (mock) or 120s by default.")
+        str | None, typer.Option(help="Of requests that are to be answered: 60s (mock) or 180s by default.")
     ] = None,
     store: Annotated[
         str | None,

@@ -17,6 +17,7 @@ Count = Annotated[int, Meta(ge=0, lt=2**31)]
 Address = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Seconds = Annotated[float, Meta(ge=0, le=86400)]
 LeaseId = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Device = Annotated[str, Meta(pattern=r"^(cpu|cuda(:[0-9]{1,3})?)\Z")]
 Metadata = Annotated[bytes, Meta(max_length=1024 * 1024)]
 Digests = Annotated[tuple[Digest, ...], Meta(max_length=MAX_BLOCKS)]
 LeaseIds = Annotated[tuple[LeaseId, ...], Meta(max_length=MAX_BLOCKS)]
@@ -54,7 +55,7 @@ class PoolRecord(Value, frozen=True):
     num_blocks: Annotated[int, Meta(ge=1, lt=2**31)]
     block_bytes: Annotated[int, Meta(ge=1, lt=2**31)]
     stride_bytes: Annotated[int, Meta(ge=1, lt=2**31)]
-    device: Name
+    device: Device
 
 
 class OfferedBlock(Value, frozen=True, array_like=True):

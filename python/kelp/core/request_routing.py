@@ -77,13 +77,13 @@ def _text(parameters: Mapping[str, object], name: str, limits: RequestLimits) ->
 
 def _tags(parameters: Mapping[str, object], name: str, limits: RequestLimits) -> dict[str, str]:
     text = _text(parameters, name, limits).strip()
-    tags = _json_tags(text, name) if text.startswith("{") else _listed_tags(text, name)
+    tags = _json_tags(text, name, limits) if text.startswith("{") else _listed_tags(text, name)
     if len(tags) > _MAX_TAGS:
         raise InvalidRequest(f"{name}: {len(tags)} tags given, at most {_MAX_TAGS} are allowed")
     return tags
 
 
-def _json_tags(text: str, name: str) -> dict[str, str]:
+def _json_tags(text: str, name: str, limits: RequestLimits) -> dict[str, str]:
     try:
         document = json.loads(text)
     except (ValueError, RecursionError):
@@ -91,10 +91,11 @@ def _json_tags(text: str, name: str) -> dict[str, str]:
     if not isinstance(document, dict):
         raise InvalidRequest(f"{name}: {short_repr(text)} is not a JSON object")
     for key, value in document.items():
+        field = f"{name}.{short_repr(key)[1:-1]}"
         if not (isinstance(value, str) and key and value):
-            raise InvalidRequest(
-                f"{name}.{short_repr(key)[1:-1]}: {short_repr(value)} given, a tag and its value are non-empty strings"
-            )
+            raise InvalidRequest(f"{field}: {short_repr(value)} given, a tag and its value are non-empty strings")
+        # JSON may spell what no text can hold.
+        check_text_bytes(field, key + value, limits.max_name_bytes)
     return document
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,13 +15,13 @@ import numpy.typing as npt
 
 from kelp.client.base import WorkerAddress, WorkerClient, WorkerOutput, WorkerStream
 from kelp.core.clock import Clock
-from kelp.core.config import RouterConfig
 from kelp.core.errors import InternalError, KelpError, ProtocolError, WorkerDied, WorkerLost, WorkerStuck
 from kelp.core.messages import Finished, GenerateCommand, Rendezvous
-from kelp.core.types import HandoffShape, Role
+from kelp.core.types import HandoffShape, Role, WorkerState
 from kelp.registry.base import WorkerRecord
 from kelp.router.job import Job
-from kelp.router.placement import Placement, WorkersView
+from kelp.router.patience import Patience, is_overdue
+from kelp.router.placement import Placement, WorkersView, key_of
 
 _log = logging.getLogger(__name__)
 _LIVENESS_CHECK_S = 1.0
@@ -30,26 +31,6 @@ _End = KelpError | None
 def address_of(record: WorkerRecord) -> WorkerAddress:
     """Where a worker listens."""
     return WorkerAddress(record.endpoint, record.model_name, record.direct_endpoint, record.epoch)
-
-
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """How long a worker may take, seconds.
-
-    Attributes:
-        silence_s: Without saying anything, keep-alives included.
-        first_token_s: From being asked to its first token.
-        next_token_s: From one token to the next, or to the end.
-    """
-
-    silence_s: float
-    first_token_s: float
-    next_token_s: float
-
-    @classmethod
-    def of(cls, config: RouterConfig) -> Patience:
-        """As configured."""
-        return cls(config.idle_timeout_s, config.first_token_timeout_s, config.next_token_timeout_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +74,10 @@ class WorkerLeg:
         has_spoken: The worker has said something, if only a receipt.
     """
 
-    def __init__(self, parts: AttemptParts, record: WorkerRecord) -> None:
+    def __init__(self, parts: AttemptParts, record: WorkerRecord, is_overdue: Callable[[float], bool]) -> None:
         self._parts = parts
         self._record = record
+        self._is_overdue = is_overdue
         self._address = address_of(record)
         self._stream: WorkerStream | None = None
         self._kept: list[WorkerOutput | _End] = []
@@ -184,6 +166,8 @@ class WorkerLeg:
             return WorkerLost(f"worker {name} was silent for {silent_s:.0f} s")
         if tokenless_s >= (patience.next_token_s if self._has_said_token else patience.first_token_s):
             return WorkerStuck(f"worker {name} lives, but has said no token for {tokenless_s:.0f} s")
+        if self._is_overdue(tokenless_s):
+            return WorkerLost(f"worker {name} has said no token for {tokenless_s:.0f} s, all that the deadline leaves")
         return None
 
 
@@ -250,7 +234,7 @@ class Attempt:
     def _start(self, record: WorkerRecord, role: Role, rendezvous: Rendezvous | None) -> WorkerLeg:
         known_blocks = self._placement.decision.known_blocks
         command = self._job.command(role, rendezvous, self._num_generated, known_blocks)
-        leg = WorkerLeg(self._parts, record)
+        leg = WorkerLeg(self._parts, record, partial(self._is_overdue, record))
         self._legs.append(leg)
         try:
             leg.begin(command, self._prompt)
@@ -259,6 +243,17 @@ class Attempt:
             raise
         self._placement.sent()
         return leg
+
+    def _is_overdue(self, record: WorkerRecord, tokenless_s: float) -> bool:
+        """Never where nobody else could do it: then even a late answer is better than none."""
+        decision, left_s = self._placement.decision, self._job.deadline_s - time.monotonic()
+        if decision.request.pinned_worker or not is_overdue(tokenless_s, left_s, decision.ttft_s):
+            return False
+        others = (other for other in self._parts.view.records() if key_of(other) != key_of(record))
+        # What a prefill worker does the decode worker can do as well.
+        return record is self._placement.prefill or any(
+            other.role is record.role and other.state is WorkerState.READY for other in others
+        )
 
     async def _follow(self, leg: WorkerLeg, record: WorkerRecord) -> Finished:
         try:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from kelp.core.errors import CapacityError
 from kelp.router.shares import Shares
 
+RETRY_AFTER = "Retry-After:"
 _INTERVAL_WEIGHT = 0.2
 _AGED_TURN = 2
 _WAIT_SHARE = 0.5
@@ -197,4 +198,4 @@ class WaitingQueue:
 
 def advice(seconds: float) -> str:
     """`Retry-After` as clients find it in error messages."""
-    return f"Retry-After: {max(1, math.ceil(seconds))}"
+    return f"{RETRY_AFTER} {max(1, math.ceil(seconds))}"

@@ -32,6 +32,9 @@ from kelp.router.suspects import Stay, Suspects
 _MAX_ENGINE_FAILURES = 3
 """A request in whose company so many steps fail may be the reason: it is not tried on the rest of the fleet."""
 
+_OF_ONE_WORKER = (WorkerDied, WorkerDraining, WorkerStuck, CapacityError, EngineFailed)
+"""Errors that the worker which is blamed for them has to itself, whoever it worked with."""
+
 _RECOVERY_POLL_S = 0.25
 _REST_S = 1.0
 """Before the same worker is tried again, where it is the only one left: a connection needs as long to come back."""
@@ -204,5 +207,12 @@ class SequenceRun:
                 self._lost_s[key_of(attempt.failure.worker)] = asyncio.get_running_loop().time()
         if attempt.is_handoff_failure:
             self._num_handoff_failures += 1
+            self._avoid_prefill_of_failed_handoff(error)
         if isinstance(error, EngineFailed):
             self._num_engine_failures += 1
+
+    def _avoid_prefill_of_failed_handoff(self, error: KelpError) -> None:
+        """Where KV did not come through, its source may be why; what a decode worker says of itself tells nothing."""
+        prefill = None if self.placement is None else self.placement.prefill
+        if prefill is not None and not isinstance(error, _OF_ONE_WORKER):
+            self._failed.add(key_of(prefill))

@@ -15,7 +15,7 @@ from kelp.client.base import WorkerStream
 from kelp.core.cancel_watch import CancelWatch
 from kelp.core.clock import Clock
 from kelp.core.config import RouterConfig
-from kelp.core.errors import DeadlineExceeded, KelpError, NotFound, RequestCancelled
+from kelp.core.errors import CapacityError, DeadlineExceeded, KelpError, NotFound, RequestCancelled
 from kelp.core.exchange import Exchange
 from kelp.core.hashing import tenant_digest
 from kelp.core.messages import SamplingParams
@@ -30,6 +30,7 @@ from kelp.router.conversation import Conversation
 from kelp.router.decision.request import RoutingRequest
 from kelp.router.job import Job
 from kelp.router.placement import Placer
+from kelp.router.queue import RETRY_AFTER, advice
 from kelp.router.relay import Relay, RelayItem, RelayOptions
 from kelp.router.request_ids import RequestIds
 from kelp.router.sequence import SequenceParts
@@ -165,7 +166,7 @@ class RouterService:
             await self._serve(exchange)
         except KelpError as error:
             self._parts.metrics.add(REQUESTS, outcome=error.code.lower())
-            raise
+            raise _advised(error) from None
         self._parts.metrics.add(REQUESTS, outcome="ok")
 
     async def _serve(self, exchange: Exchange) -> None:
@@ -228,6 +229,13 @@ class RouterService:
     def _hidden_ids(self, sampling: SamplingParams) -> frozenset[int]:
         own = frozenset(sampling.stop_token_ids)
         return own if sampling.ignore_eos else own | self._parts.text.eos_token_ids
+
+
+def _advised(error: KelpError) -> KelpError:
+    """Whoever is shed hears when to come again, also where no queue had to do with it."""
+    if not isinstance(error, CapacityError) or RETRY_AFTER in error.text:
+        return error
+    return CapacityError(f"{error.text}; {advice(0.0)}")
 
 
 def _sampling(asked: SamplingParams, prepared: Prepared) -> SamplingParams:

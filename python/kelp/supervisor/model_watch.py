@@ -18,6 +18,8 @@ from kelp.core.config_supervision import SupervisionConfig
 from kelp.core.errors import KelpError
 from kelp.core.schema_types import RESTART_PARAMETER
 from kelp.supervisor.backoff import Backoff
+from kelp.supervisor.dead_router import free_streams
+from kelp.supervisor.remains import Remains
 from kelp.supervisor.stubs import is_live, live_stubs
 from kelp.supervisor.watch_lock import WatchLock
 
@@ -54,6 +56,7 @@ class ModelWatch:
         self._born_s: dict[str, float] = {}
         self._instances: dict[str, frozenset[str]] = {}
         self._suspects: frozenset[str] = frozenset()
+        self._remains = Remains()
         self._backoffs: dict[str, Backoff] = {}
         self._num_restarts: dict[str, int] = {}
 
@@ -73,7 +76,7 @@ class ModelWatch:
             return
         now_s = time.monotonic()
         has_lost = not all(map(is_live, self._stubs.values()))
-        if has_lost or self._suspects or now_s >= self._look_at_s:
+        if has_lost or self._suspects or self._remains.are_suspect or now_s >= self._look_at_s:
             self._look(now_s)
         due = [name for name, backoff in self._backoffs.items() if backoff.is_due(now_s)]
         if due:
@@ -89,7 +92,9 @@ class ModelWatch:
     def _look(self, now_s: float) -> None:
         self._look_at_s = now_s + self._rules.look_s
         try:
-            stubs = self._latest(live_stubs(self._server))
+            living = live_stubs(self._server)
+            outlived = self._remains.look(living)
+            stubs = self._latest(living)
             if stubs != self._stubs:
                 self._stubs, self._instances = stubs, {}
             dead = {name for name in self._control.ready_models() if self._instances_of(name) - stubs.keys()}
@@ -98,8 +103,12 @@ class ModelWatch:
             return
         # One look alone may see a model between two states.
         for name in sorted(dead & self._suspects):
+            self._remains.forget(name)
             if not self._deal_with(name):
                 self._note_death(name, now_s)
+        for name in sorted(outlived - dead):
+            self._remains.forget(name)
+            free_streams(name, self._server, self._say)
         self._suspects = frozenset(name for name in dead if not self._is_waiting(name))
         for name in [name for name in self._backoffs if self._is_waiting(name) and name not in dead]:
             del self._backoffs[name]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import stat
 import tempfile
 from pathlib import Path
 from typing import TypeVar
 
 import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+from kelp.core.errors import ConfigError
 
 _WANTED = "wanted.json"
 ModelT = TypeVar("ModelT", bound=BaseModel)
@@ -41,9 +45,17 @@ class WantedWorkers(BaseModel):
 
 
 def user_folder() -> Path:
-    """Folder of everything that this user's runs write."""
+    """Folder of everything that this user's runs write.
+
+    Raises:
+        ConfigError: It is somebody else's, who could change what is read there: its name is known to all.
+    """
     folder = Path(tempfile.gettempdir()) / f"kelp-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise ConfigError(f"{folder}: others may write there; remove it, or set TMPDIR to a folder of your own")
     return folder
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from kelp.client.base import WorkerAddress
 from kelp.client.grpc import GrpcWorkerClient, TritonControl
 from kelp.core.config import KelpConfig, load_config
-from kelp.core.errors import ConfigError, NotFound
+from kelp.core.errors import ConfigError, NotFound, WorkerLost
 from kelp.core.messages import DrainCommand, WorkerStatus
 from kelp.core.peer_auth import PeerToken, load_token
 from kelp.core.types import WorkerState
@@ -25,6 +25,8 @@ from kelp.supervisor.traffic import Traffic
 
 _POLL_S = 0.1
 _START_TIMEOUT_S = 180.0
+_ANSWER_MARGIN_S = 10.0
+"""What a worker may take to say how its drain went, beyond the time that it has for it."""
 Say = Callable[[str], None]
 
 
@@ -106,6 +108,7 @@ class Fleet:
 
         Raises:
             NotFound: There is no such worker.
+            WorkerLost: It does not answer.
         """
         record = self._record(name)
         if record is None:
@@ -192,6 +195,14 @@ class Fleet:
 async def _drain(address: WorkerAddress, token: PeerToken | None, timeout_s: float) -> WorkerStatus:
     client = GrpcWorkerClient(token)
     try:
-        return await client.control(address, DrainCommand(timeout_s=timeout_s))
+        return await asyncio.wait_for(
+            client.control(address, DrainCommand(timeout_s=timeout_s)), timeout_s + _ANSWER_MARGIN_S
+        )
+    except asyncio.TimeoutError:
+        # Triton leaves what a dead process was asked without an answer, and calls its model ready.
+        raise WorkerLost(
+            f"worker {address.model_name}: no answer within {timeout_s + _ANSWER_MARGIN_S:.0f} s, "
+            "its process has died or hangs"
+        ) from None
     finally:
         await client.close()

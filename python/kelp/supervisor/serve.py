@@ -98,6 +98,8 @@ class Serving:
             self._scale(wanted)
         except KelpError as error:
             self._say(f"not scaled: {error.text}")
+        except OSError as error:
+            self._say(f"not scaled: {error}")
         finally:
             run_state.clear_wanted(self._launch.run_folder)
 
@@ -111,7 +113,7 @@ class Serving:
         try:
             with PortClaims() as ports:
                 self._start_all([isolated_server(worker, self._options.host, ports.pick) for worker in missing])
-        except KelpError:
+        except (KelpError, OSError):
             self._stop_servers(self._servers[num_before:])
             raise
         self._publish(wanted.num_prefill, wanted.num_decode)

@@ -27,6 +27,8 @@ _POLL_S = 0.1
 _LOADS_AT_ONCE = 4
 """As many as Triton's own threads for it (`--model-load-thread-count`)."""
 _PR_SET_PDEATHSIG = 1
+_prctl = ctypes.CDLL(None).prctl
+"""Looked up here: a child of a process with threads may find the loader's lock held, for ever."""
 _LOG_TAIL_LINES = 8
 
 
@@ -192,7 +194,7 @@ class TritonServer:
 
 def _end_with_parent() -> None:
     """In the child: SIGTERM when the supervisor dies without having said goodbye (Linux, prctl(2))."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _first_line(text: str) -> str:

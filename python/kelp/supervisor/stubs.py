@@ -61,6 +61,14 @@ def is_live(process: psutil.Process) -> bool:
         return False
 
 
+def is_unburied(process: psutil.Process) -> bool:
+    """Whether a process has ended and its parent has not noticed."""
+    try:
+        return process.is_running() and process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def _grpc_port(arguments: Sequence[str]) -> str:
     for index, argument in enumerate(arguments):
         name, separator, value = argument.partition("=")

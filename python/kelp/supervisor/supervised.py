@@ -7,6 +7,7 @@ processes are started by the caller's thread: they end with the thread that star
 from __future__ import annotations
 
 import logging
+import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -73,9 +74,19 @@ class Supervised:
     def _restart(self, timeout_s: float, signals: StopSignals) -> None:
         self._backoff.started(time.monotonic())
         with signals.held():
+            is_started = self._start_anew()
+        if is_started:
+            self._begin(lambda: self._wait_ready(timeout_s))
+
+    def _start_anew(self) -> bool:
+        """False where the system has no process or file left for it: the others serve, and it is tried again later."""
+        try:
             self.server.stop()
             self.server.start()
-        self._begin(lambda: self._wait_ready(timeout_s))
+        except (OSError, subprocess.SubprocessError) as error:
+            self._say(f"{self.server.spec.name} cannot be started: {error}")
+            return False
+        return True
 
     def _wait_ready(self, timeout_s: float) -> None:
         self._forget_models()

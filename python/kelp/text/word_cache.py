@@ -8,8 +8,9 @@ for text in ASCII, where Python's expressions mean the same as the tokenizer's, 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
+from os.path import commonprefix
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,14 @@ def _added_tokens(tokens: Sequence[Mapping[str, Any]]) -> dict[str, int] | None:
     return {token["content"]: token["id"] for token in in_ascii}
 
 
+def _any_of(contents: Iterable[str]) -> str:
+    """A group that matches the longest of them; what all begin with comes first, because `re` looks for that fast."""
+    longest_first = sorted(contents, key=len, reverse=True)
+    start = commonprefix(longest_first)
+    rest = "|".join(re.escape(content[len(start) :]) for content in longest_first)
+    return f"({re.escape(start)}(?:{rest}))"
+
+
 class _Words(dict[str, bytes]):
     """Token ids of words, `int32`, as bytes; what is missing is asked for."""
 
@@ -94,8 +103,7 @@ class WordCache:
         self._split = re.compile(pattern, re.ASCII).findall
         self._words = _Words(merge)
         self._added = {content: np.array([token_id], np.int32).tobytes() for content, token_id in added.items()}
-        longest_first = sorted(added, key=len, reverse=True)
-        self._find_added = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if added else None
+        self._find_added = re.compile(_any_of(added)) if added else None
 
     def encode(self, text: str) -> npt.NDArray[np.int32] | None:
         """Token ids `[num_tokens] int32` without any that a template would add; None: ask the tokenizer."""

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kelp.client.base import WorkerOutput
+from kelp.core.answer_seal import AnswerSeal
 from kelp.core.cancel_watch import CancelWatch
 from kelp.core.errors import InternalError, InvalidRequest, KelpError
 from kelp.core.exchange import Exchange, Tensors
@@ -27,8 +28,9 @@ from kelp.worker.channel import Source, StreamItem
 class ExchangeChannel:
     """See `worker.channel.Channel`."""
 
-    def __init__(self, exchange: Exchange, outbox: Outbox[StreamItem], watch: CancelWatch) -> None:
+    def __init__(self, exchange: Exchange, outbox: Outbox[StreamItem], watch: CancelWatch, seal: AnswerSeal) -> None:
         self._exchange = exchange
+        self._seal = seal
         self._watch = watch
         self._loop = asyncio.get_running_loop()
         self._lane: Lane[StreamItem] = outbox.lane(self._send, self._note_failure)
@@ -61,9 +63,18 @@ class ExchangeChannel:
     def _send(self, items: list[StreamItem]) -> None:
         output = self._source.merge(items)
         is_last = isinstance(output.event, Finished)
-        self._exchange.send(_tensors(output), is_final=is_last)
+        self._exchange.send(self._tensors(output), is_final=is_last)
         if is_last:
             self._loop.call_soon_threadsafe(self._source.on_sent_last)
+
+    def _tensors(self, output: WorkerOutput) -> Tensors:
+        token_ids, log_probs = np.array(output.token_ids, dtype="<i4"), np.array(output.log_probs, dtype="<f4")
+        tensors: dict[str, npt.NDArray[Any]] = {"output_ids": token_ids, "output_log_probs": log_probs}
+        event = b"" if output.event is None else encode_message(output.event)
+        sealed = self._seal.seal(event, token_ids.tobytes(), log_probs.tobytes())
+        if sealed:
+            tensors["event"] = np.array([sealed], dtype=np.object_)
+        return tensors
 
     def _note_failure(self, error: Exception) -> None:
         self._failure = InternalError(f"a response could not be sent: {type(error).__name__}: {error}")
@@ -83,15 +94,24 @@ def read_command(inputs: Tensors, token: PeerToken | None = None, scope: tuple[s
         PeerRefused: It is not proven.
         ProtocolError: It is none; names the field.
     """
-    if "command" not in inputs or inputs["command"].size != 1:
-        raise InvalidRequest("command: exactly one JSON document is required")
-    raw = bytes(inputs["command"].reshape(-1)[0])
+    raw = _document(inputs)
     if token is not None and len(raw) <= MAX_OPEN_BYTES and not raw.startswith(SEAL):
         command = decode_message(WORKER_COMMAND, raw, "command")
         if isinstance(command, StatusCommand):
             return command
     beside = b"" if "input_ids" not in inputs else inputs["input_ids"].tobytes()
     return decode_message(WORKER_COMMAND, unseal(token, WORKER_COMMAND_PROOF, scope, raw, beside), "command")
+
+
+def answer_seal(inputs: Tensors, token: PeerToken | None, scope: tuple[str, ...]) -> AnswerSeal:
+    """What proves the answers to the command that `read_command` found here."""
+    return AnswerSeal(token, scope, _document(inputs))
+
+
+def _document(inputs: Tensors) -> bytes:
+    if "command" not in inputs or inputs["command"].size != 1:
+        raise InvalidRequest("command: exactly one JSON document is required")
+    return bytes(inputs["command"].reshape(-1)[0])
 
 
 def read_prompt(inputs: Tensors) -> npt.NDArray[np.int32]:
@@ -104,13 +124,3 @@ def read_prompt(inputs: Tensors) -> npt.NDArray[np.int32]:
     if prompt is None or prompt.dtype != np.int32 or prompt.ndim != 1:
         raise InvalidRequest("input_ids: INT32 of shape [num_tokens] is required")
     return prompt
-
-
-def _tensors(output: WorkerOutput) -> Tensors:
-    tensors: dict[str, npt.NDArray[Any]] = {
-        "output_ids": np.array(output.token_ids, dtype=np.int32),
-        "output_log_probs": np.array(output.log_probs, dtype=np.float32),
-    }
-    if output.event is not None:
-        tensors["event"] = np.array([encode_message(output.event)], dtype=np.object_)
-    return tensors

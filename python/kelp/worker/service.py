@@ -24,7 +24,7 @@ from kelp.worker.channel import Channel, StreamItem
 from kelp.worker.decode import DecodeRun
 from kelp.worker.direct import DirectServer
 from kelp.worker.direct.connection import DirectParts
-from kelp.worker.exchange_channel import ExchangeChannel, read_command, read_prompt
+from kelp.worker.exchange_channel import ExchangeChannel, answer_seal, read_command, read_prompt
 from kelp.worker.parts import WorkerIdentity, WorkerParts
 from kelp.worker.prefill import run_prefill
 from kelp.worker.presence import Presence
@@ -72,7 +72,7 @@ class WorkerService:
             self._parts.tiers.start(self._show_manager)
         self._state = WorkerState.READY
         await self._presence.publish()
-        self._watchdog = Watchdog(self._parts.executor, self._config.watchdog.step_timeout_s, self._note_stuck)
+        self._watchdog = Watchdog(self._parts.executor, self._config.watchdog, self._note_stuck)
         loops = (self._presence.run(), self._keep_alive(), self._report(), self._watchdog.run())
         self._tasks = [asyncio.ensure_future(loop) for loop in loops]
 
@@ -99,9 +99,11 @@ class WorkerService:
             KelpError: For the guard to send; nothing of the request is held any more.
         """
         inputs = exchange.inputs()
-        command = read_command(inputs, self._parts.token, (self._identity.worker_id, self._identity.epoch))
+        token, scope = self._parts.token, (self._identity.worker_id, self._identity.epoch)
+        command = read_command(inputs, token, scope)
         if isinstance(command, GenerateCommand):
-            channel = ExchangeChannel(exchange, self._outbox, self._cancel_watch)
+            seal = answer_seal(inputs, token, scope)
+            channel = ExchangeChannel(exchange, self._outbox, self._cancel_watch, seal)
             await self.generate(command, read_prompt(inputs), channel)
             return
         if isinstance(command, CancelCommand):

@@ -1,11 +1,13 @@
-"""Notices an engine that does not get on although the worker around it still answers."""
+"""Notices an engine that does not get on although the worker around it still answers, and in the end makes room."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Awaitable, Callable
 
+from kelp.core.config_resilience import WatchdogConfig
 from kelp.executor.base import Executor
 
 _log = logging.getLogger(__name__)
@@ -17,10 +19,11 @@ class Watchdog:
     """Looks at the step that the engine is in; belongs to one event loop.
 
     A step that never ends (a device that hangs, a lock held for ever) shows nowhere else: the worker's loop and its
-    heartbeat go on, and requests just get no tokens.
+    heartbeat go on, and requests just get no tokens. Who supervises processes sees one that lives, so what does not
+    recover has to end itself.
 
     Args:
-        step_timeout_s: A step that takes longer is stuck.
+        rules: When a step is stuck, and when there is no more hope.
         on_change: Called when the engine turns out to be stuck, and again if it goes on after all.
 
     Attributes:
@@ -28,9 +31,10 @@ class Watchdog:
         step_s: How long the step had been under way then; infinite if the engine has died.
     """
 
-    def __init__(self, executor: Executor, step_timeout_s: float, on_change: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, executor: Executor, rules: WatchdogConfig, on_change: Callable[[], Awaitable[None]]) -> None:
         self._executor = executor
-        self._step_timeout_s = step_timeout_s
+        self._step_timeout_s = rules.step_timeout_s
+        self._hopeless_s = rules.step_timeout_s + rules.end_after_s if rules.end_after_s else None
         self._on_change = on_change
         self.is_stuck = False
         self.step_s = 0.0
@@ -45,3 +49,11 @@ class Watchdog:
                 self.is_stuck = is_stuck
                 _log.error("the engine %s", f"is stuck in a step of {self.step_s:.0f} s" if is_stuck else "goes on")
                 await self._on_change()
+            elif self._hopeless_s is not None and self.step_s >= self._hopeless_s:
+                _log.critical("the engine is beyond hope: this process ends, for a new one to take its place")
+                _end_process()
+
+
+def _end_process() -> None:
+    """At once: an orderly end would wait for the engine."""
+    os._exit(1)

@@ -20,8 +20,17 @@ def test_questions_have_some_caches_to_hit_and_some_to_miss() -> None:
     questions = Questions(3, 20)
     salts = [questions.next().salt for _ in range(100)]
     used = [salt for salt in salts if salt]
-    assert 0 < len(used) < 100
-    assert len(set(used)) == len(used)
+    assert 0 < len(set(used)) < len(used) < 100
+
+
+def test_what_is_asked_again_was_asked_long_ago_and_is_long() -> None:
+    questions = Questions(3, 20)
+    assert questions.asked_before(4) == []
+    asked = [question for question in (questions.next() for _ in range(200)) if question.salt]
+    again = questions.asked_before(4)
+    assert len(again) == 4
+    assert set(again) <= set(asked[: len(asked) * 2 // 3])
+    assert min(len(question.prompt) for question in again) >= max(len(question.prompt) for question in asked) / 2
 
 
 @pytest.mark.parametrize("phase", list(Phase))

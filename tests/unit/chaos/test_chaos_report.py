@@ -17,7 +17,8 @@ from kelp.chaos.load import Answered
 from kelp.chaos.questions import Question
 from kelp.chaos.report import Report
 from kelp.chaos.scrape import Increase
-from kelp.chaos.storage_faults import corrupt, put_in_place
+from kelp.chaos.storage_faults import put_in_place
+from kelp.chaos.tier_faults import damage
 from kelp.chaos.verdict import Judgement, Outcome, Tally
 from kelp.cli.chaos import parse_duration_s, parse_store
 from kelp.core.errors import ConfigError
@@ -62,6 +63,7 @@ def test_the_report_names_seed_faults_failures_and_leaks() -> None:
     assert document["failed_by_code"] == {"WORKER_LOST": 1}
     assert (document["migrated"], document["hangs"], document["wrong_tokens"]) == (3, 0, 0)
     assert [fault["done"] for fault in document["faults"]] == [True, False]
+    assert (document["kinds_not_done"], document["longest_gap_s"]) == ([], 1.1)
     assert document["troubles"][0]["text"] == "[KELP_WORKER_LOST] gone"
     screen = io.StringIO()
     for table in report.tables():
@@ -79,13 +81,17 @@ def test_a_counter_that_starts_anew_still_only_goes_up() -> None:
     assert increase.total == 9.0
 
 
-def test_corruption_changes_a_file_but_not_its_size(tmp_path: Path) -> None:
+@pytest.mark.parametrize("piece_bytes", [64, 128])
+def test_damage_changes_one_byte_of_each_piece_that_holds_anything(tmp_path: Path, piece_bytes: int) -> None:
     path = tmp_path / "slots"
-    path.write_bytes(bytes(1000))
-    corrupt(path, random.Random(1), 1)
-    content = path.read_bytes()
-    assert len(content) == 1000
-    assert sum(byte != 0 for byte in content) == 1
+    content = bytearray(10 * 128 + 7)
+    for piece in (0, 3, 9):
+        content[piece * 128 : piece * 128 + 60] = bytes([7]) * 60
+    path.write_bytes(content)
+    assert damage(path, random.Random(1), piece_bytes) == 3
+    changed = [place for place, (old, new) in enumerate(zip(content, path.read_bytes(), strict=True)) if old != new]
+    assert [place // 128 for place in changed] == [0, 3, 9]
+    assert all(content[place] for place in changed)
 
 
 @pytest.mark.parametrize("in_the_way", ["nothing", "file", "folder"])

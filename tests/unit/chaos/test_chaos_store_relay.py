@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from kelp.chaos.faults import FaultKind
-from kelp.chaos.store_relay import StoreRelay, spoiled
+from kelp.chaos.store_relay import StoreRelay, object_bytes, spoiled
 from kelp.supervisor.ports import pick_free
 from support.waiting import until, wait_until
 
@@ -121,7 +121,23 @@ def test_a_store_that_lies_answers_as_much_but_not_the_same(relay: StoreRelay) -
     assert status == 200
     assert len(body) == len(BODY)
     assert body != BODY
-    assert relay.num_hit > 0
+    assert relay.num_hit >= relay.num_spoiled > 0
+
+
+@pytest.mark.parametrize(
+    ("chunk", "was_object", "expected"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc", False, (True, 3)),
+        (b"HTTP/1.1 206 Partial Content\r\nContent-Length: 3\r\n\r\n", False, (True, 0)),
+        (b"HTTP/1.1 200 OK\r\nContent-Type: application/xml\r\n\r\n<List/>", True, (False, 0)),
+        (b"abc", True, (True, 3)),
+        (b"<List/>", False, (False, 0)),
+    ],
+)
+def test_the_bytes_of_an_object_are_told_from_heads_and_listings(
+    chunk: bytes, was_object: bool, expected: tuple[bool, int]
+) -> None:
+    assert object_bytes(chunk, was_object) == expected
 
 
 def test_spoiling_changes_one_byte() -> None:

@@ -34,13 +34,14 @@ from kelp.core.types import FinishReason, Role, WorkerState
 from kelp.core.wire import encode_message
 from kelp.registry.base import LayoutRecord, TrafficRecord, WorkerRecord
 from kelp.router.admission import Admission
-from kelp.router.attempt import AttemptParts, Patience
+from kelp.router.attempt import AttemptParts
 from kelp.router.capacity import Capacity
 from kelp.router.decision.selector import Decision, Selector, SelectorMode
 from kelp.router.decision.workers import WorkerTable
 from kelp.router.index.kv_index import KVIndex
 from kelp.router.job import Job
 from kelp.router.ledger import Ledger
+from kelp.router.patience import Patience
 from kelp.router.placement import Placement, Placer
 from kelp.router.relay import RelayItem
 from kelp.router.replicas.loads import OwnLoads

@@ -6,11 +6,11 @@ import asyncio
 
 import pytest
 from attempt_rig import PREFILL, Trial, play
-from router_rig import record
+from router_rig import job, record
 
 from kelp.core.errors import InternalError, WorkerDied, WorkerLost, WorkerStuck
 from kelp.core.messages import Finished
-from kelp.core.types import FinishReason
+from kelp.core.types import FinishReason, Role
 
 
 def test_an_output_that_cannot_be_handled_ends_the_attempt_at_once() -> None:
@@ -124,3 +124,47 @@ def test_a_prefill_worker_that_stops_its_heartbeat_ends_the_attempt() -> None:
         assert trial.attempt.failure is not None and trial.attempt.failure.worker == PREFILL
 
     play(story, PREFILL)
+
+
+def test_a_request_with_another_worker_to_go_to_waits_no_longer_than_its_deadline_leaves() -> None:
+    async def story(trial: Trial, running: asyncio.Task[Finished]) -> None:
+        trial.workers.known.append(record("decode_1"))
+        started_s = asyncio.get_running_loop().time()
+        with pytest.raises(WorkerLost, match="has said no token for 2[01] s, all that the deadline leaves"):
+            while True:
+                trial.workers.streams[0].say()
+                await asyncio.wait([running], timeout=0.5)
+                if running.done():
+                    await running
+        assert asyncio.get_running_loop().time() - started_s <= 22.0
+
+    play(story, request=job(seconds_left=20.0))
+
+
+@pytest.mark.parametrize("has_token", [False, True])
+def test_a_request_with_nowhere_else_to_go_waits_on(has_token: bool) -> None:
+    async def story(trial: Trial, running: asyncio.Task[Finished]) -> None:
+        trial.workers.known.append(record("prefill", role=Role.PREFILL))
+        trial.workers.streams[0].say(*([1] if has_token else []))
+        for _ in range(100):
+            await asyncio.sleep(0.5)
+            trial.workers.streams[0].say()
+        assert not running.done()
+        trial.workers.streams[0].finish(FinishReason.LENGTH, 1)
+        await running
+
+    play(story, request=job(seconds_left=20.0))
+
+
+def test_a_prefill_worker_that_takes_all_the_time_is_given_up_because_the_decode_worker_can_do_it() -> None:
+    async def story(trial: Trial, running: asyncio.Task[Finished]) -> None:
+        with pytest.raises(WorkerLost, match="host:1/prefill has said no token for .* all that the deadline leaves"):
+            while True:
+                for stream in trial.workers.streams:
+                    stream.say()
+                await asyncio.wait([running], timeout=0.5)
+                if running.done():
+                    await running
+        assert trial.attempt.is_handoff_failure
+
+    play(story, prefill=PREFILL, request=job(seconds_left=20.0))

@@ -17,7 +17,9 @@ from kelp.core.errors import (
     InvalidRequest,
     KelpError,
     MigrationsExceeded,
+    PeerRefused,
     PromptTooLong,
+    WorkerDied,
     WorkerDraining,
     WorkerLost,
 )
@@ -70,6 +72,45 @@ def test_a_handoff_that_keeps_failing_ends_in_aggregated_serving() -> None:
             alone = await rig.workers.stream(4)
             assert (alone.command.role, alone.command.num_generated) == (Role.AGGREGATED, 2)
             alone.finish(FinishReason.LENGTH, *tokens("c"))
+            await request
+            assert exchange.text == "abc"
+
+    run(scene)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [FatalTransferError("the lease has expired"), PeerRefused("who is that"), WorkerLost("no such peer")],
+    ids=["transfer", "refused", "not reached"],
+)
+def test_a_handoff_that_failed_on_its_way_is_retried_from_another_prefill_worker(error: KelpError) -> None:
+    async def scene() -> None:
+        async with open_router(prefill_record("p1"), prefill_record("p2"), record("decode")) as rig:
+            exchange, request = rig.ask()
+            first = await rig.workers.stream(0)
+            first.finish(None, *tokens("a"))
+            (await rig.workers.stream(1)).fail(error)
+            second = await rig.workers.stream(2)
+            assert {first.address.model_name, second.address.model_name} == {"p1", "p2"}
+            second.finish(None, *tokens("b"))
+            (await rig.workers.stream(3)).finish(FinishReason.LENGTH, *tokens("c"))
+            await request
+            assert exchange.text == "abc"
+
+    run(scene)
+
+
+def test_a_prefill_worker_whose_partner_died_keeps_the_prompt_that_it_has_computed() -> None:
+    async def scene() -> None:
+        async with open_router(prefill_record("p1"), prefill_record("p2"), record("d1"), record("d2")) as rig:
+            exchange, request = rig.ask()
+            first = await rig.workers.stream(0)
+            first.finish(None, *tokens("a"))
+            (await rig.workers.stream(1)).fail(WorkerDied("killed"))
+            again = await rig.workers.stream(2)
+            assert again.address.model_name == first.address.model_name
+            again.finish(None, *tokens("b"))
+            (await rig.workers.stream(3)).finish(FinishReason.LENGTH, *tokens("c"))
             await request
             assert exchange.text == "abc"
 
@@ -347,7 +388,7 @@ def test_it_does_not_wait_for_ever() -> None:
             rig.workers.known = []
             rig.desk.placer.update()
             first.fail(WorkerLost("killed"))
-            with pytest.raises(CapacityError, match="no decode worker is ready"):
+            with pytest.raises(CapacityError, match="no decode worker is ready; Retry-After: 1$"):
                 await request
 
     run(scene)
@@ -357,7 +398,7 @@ def test_without_a_decode_worker_the_request_is_refused_as_overload() -> None:
     async def scene() -> None:
         async with open_router(prefill_record()) as rig:
             _, request = rig.ask()
-            with pytest.raises(CapacityError, match="no decode worker is ready"):
+            with pytest.raises(CapacityError, match="no decode worker is ready; Retry-After: 1$"):
                 await request
 
     run(scene)

@@ -11,7 +11,7 @@ import pytest
 
 from kelp.core.config_supervision import SupervisionConfig
 from kelp.core.errors import ConfigError, NotFound, WorkerLost
-from kelp.supervisor import model_watch, run_state
+from kelp.supervisor import model_watch, remains, run_state
 from kelp.supervisor.model_watch import ModelWatch
 
 RULES = SupervisionConfig(look_s=2.0, first_backoff_s=1.0, longest_backoff_s=4.0, healthy_after_s=60.0)
@@ -24,6 +24,7 @@ class PlayedServer:
         self.configs: dict[str, dict[str, Any]] = {}
         self.stubs: dict[str, SimpleNamespace] = {}
         self.loads: list[tuple[float, str, str]] = []
+        self.freed: list[str] = []
         self.num_listings = 0
         self.load_error: Exception | None = None
         self.is_reachable = True
@@ -38,7 +39,7 @@ class PlayedServer:
         (group,) = self.configs[name]["instance_group"]
         for index in range(group["count"]):
             born_s = self.now_s
-            stub = SimpleNamespace(is_live=True, create_time=lambda born_s=born_s: born_s)
+            stub = SimpleNamespace(is_live=True, is_buried=False, create_time=lambda born_s=born_s: born_s)
             self.stubs[f"{group['name']}_{index}"] = stub
 
     def kill(self, instance: str) -> None:
@@ -79,6 +80,8 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> PlayedServer:
     monkeypatch.setattr(model_watch, "TritonControl", lambda _: played)
     monkeypatch.setattr(model_watch, "live_stubs", played.live_stubs)
     monkeypatch.setattr(model_watch, "is_live", lambda stub: stub.is_live)
+    monkeypatch.setattr(remains, "is_unburied", lambda stub: not stub.is_live and not stub.is_buried)
+    monkeypatch.setattr(model_watch, "free_streams", lambda name, *_: played.freed.append(name))
     monkeypatch.setattr(model_watch, "time", played)
     monkeypatch.setattr(run_state, "user_folder", lambda: tmp_path)
     for name in ("prefill", "decode", "llm"):
@@ -130,6 +133,46 @@ def test_a_model_that_keeps_dying_is_loaded_ever_more_seldom_and_numbered_on(
     assert waits[:2] == sorted(waits[:2]) and set(waits[2:]) == {max(waits)}
     assert RULES.longest_backoff_s <= max(waits) <= RULES.longest_backoff_s + 1.5
     assert [number for _, _, number in server.loads] == [str(number + 1) for number in range(len(times))]
+
+
+@pytest.mark.parametrize("name", ["llm", "decode"])
+def test_what_streams_of_a_process_that_was_replaced_and_died_is_told_once(
+    server: PlayedServer, shift: Shift, name: str
+) -> None:
+    shift.run(3.0)
+    former = server.stubs[f"{name}_0_0"]
+    server.start(name)
+    shift.run(3.0)
+    assert server.freed == []
+    former.is_live = False
+    shift.run(6.0)
+    assert (server.freed, server.loads, shift.said) == ([name], [], [])
+
+
+def test_a_process_that_died_and_was_replaced_at_once_leaves_streams_too(server: PlayedServer, shift: Shift) -> None:
+    shift.run(3.0)
+    server.kill("llm_0_0")
+    shift.run(0.5)
+    server.start("llm")
+    shift.run(6.0)
+    assert (server.freed, server.loads) == (["llm"], [])
+
+
+def test_a_process_that_was_replaced_and_has_finished_leaves_nothing(server: PlayedServer, shift: Shift) -> None:
+    shift.run(3.0)
+    former = server.stubs["llm_0_0"]
+    server.start("llm")
+    shift.run(3.0)
+    former.is_live, former.is_buried = False, True
+    shift.run(6.0)
+    assert (server.freed, server.loads) == ([], [])
+
+
+def test_a_death_that_is_dealt_with_is_none_of_a_former_process(server: PlayedServer, shift: Shift) -> None:
+    shift.run(3.0)
+    server.kill("llm_0_0")
+    shift.run(12.0)
+    assert ([load[1] for load in server.loads], server.freed) == (["llm"], [])
 
 
 def test_after_healthy_times_a_death_is_forgiven(server: PlayedServer, shift: Shift) -> None:

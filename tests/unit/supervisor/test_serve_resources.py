@@ -251,3 +251,31 @@ def test_an_adapter_without_its_files_is_refused_before_anything_starts(model: P
     config = options.config.model_copy(update={"model": adapted})
     with pytest.raises(ConfigError, match=r"model\.lora_adapters: .*sql/adapter_config\.json"):
         preflight.check(replace(options, config=config))
+
+
+@pytest.mark.parametrize("what", ["writable by others", "a link", "a file"])
+def test_a_folder_that_others_can_change_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    monkeypatch.setattr(run_state.tempfile, "gettempdir", lambda: str(tmp_path))
+    folder = tmp_path / f"kelp-{os.getuid()}"
+    if what == "a link":
+        (tmp_path / "elsewhere").mkdir(mode=0o700)
+        folder.symlink_to(tmp_path / "elsewhere")
+    elif what == "a file":
+        folder.touch()
+    else:
+        folder.mkdir()
+        folder.chmod(0o777)
+    with pytest.raises(ConfigError, match=f"{folder}: others may write there"):
+        run_state.user_folder()
+
+
+def test_a_folder_of_another_user_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_state.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert run_state.user_folder() == run_state.user_folder() == tmp_path / f"kelp-{os.getuid()}"
+    other = os.getuid() + 1
+    (tmp_path / f"kelp-{other}").mkdir(mode=0o700)
+    monkeypatch.setattr(run_state.os, "getuid", lambda: other)
+    with pytest.raises(ConfigError, match="others may write there"):
+        run_state.user_folder()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import subprocess
 import threading
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -15,7 +17,7 @@ from kelp.core.errors import ConfigError
 from kelp.core.schema import LLM
 from kelp.supervisor import supervised as supervised_module
 from kelp.supervisor.server import TritonServer
-from kelp.supervisor.stop_signals import StopSignals
+from kelp.supervisor.stop_signals import StopRequested, StopSignals
 from kelp.supervisor.supervised import Supervised
 from support.waiting import wait_until
 
@@ -32,12 +34,15 @@ class PlayedServer:
         self.is_up = True
         self.does_come_up = True
         self.starters: list[threading.Thread] = []
+        self.start_errors: list[Exception] = []
 
     def is_running(self) -> bool:
         return self.is_up
 
     def start(self) -> None:
         self.starters.append(threading.current_thread())
+        if self.start_errors:
+            raise self.start_errors.pop()
         self.is_up = True
 
     def stop(self) -> None:
@@ -109,6 +114,34 @@ def test_a_server_that_does_not_come_back_is_stopped_and_tried_again() -> None:
     server.is_up, server.does_come_up = False, False
     wait_until(lambda: supervised.watch(1.0, StopSignals()) is None and len(server.starters) == 2)
     assert any("did not come back" in line and "no memory" in line for line in said)
+    supervised.stop()
+
+
+def test_a_server_for_which_the_system_has_no_process_is_tried_again_and_harms_nobody() -> None:
+    server, said = PlayedServer(), list[str]()
+    supervised = made(server, said)
+    server.is_up = False
+    server.start_errors = [BlockingIOError(errno.EAGAIN, "no process left"), subprocess.SubprocessError("preexec")]
+    wait_until(lambda: supervised.watch(1.0, StopSignals()) is None and "kelp is back" in said)
+    assert len(server.starters) == 3
+    assert sum("cannot be started" in line for line in said) == 2
+    for watch in PlayedWatch.made:
+        watch.go_on.set()
+    supervised.stop()
+
+
+def test_a_signal_that_comes_while_a_server_cannot_be_started_still_stops_everything() -> None:
+    server, signals = PlayedServer(), StopSignals()
+    supervised = made(server, [])
+    server.is_up = False
+
+    def start() -> None:
+        signals._on_signal()
+        raise OSError("no process left")
+
+    server.start = start  # type: ignore[method-assign]
+    with pytest.raises(StopRequested):
+        wait_until(lambda: supervised.watch(1.0, signals) is not None)
     supervised.stop()
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from direct_rig import hello, open_direct_router, open_raw_router, start
-from worker_rig import PROMPT, WorkerRig, bytes_tensor, completed, generate_command, last, open_worker, token
+from worker_rig import PROMPT, WorkerRig, bytes_tensor, completed, generate_command, open_worker, token
 
 from kelp.client.base import WorkerAddress
 from kelp.client.direct.dialling import Dialling
 from kelp.client.direct.frames import framed
 from kelp.client.direct.wire import Welcome, decode_worker_frame, encode_frame, handshake_names
+from kelp.client.grpc.workers import GrpcWorkerStream, _Party
 from kelp.core.errors import PeerRefused, WorkerLost
 from kelp.core.messages import CancelCommand, DrainCommand
 from kelp.core.peer_auth import WORKER_COMMAND_PROOF, PeerToken, seal
@@ -20,6 +24,7 @@ from kelp.core.peer_handshake import Initiator
 from kelp.core.types import Role
 from kelp.core.wire import Message, encode_message
 from kelp.worker.direct import server
+from support.exchange import FakeExchange
 from support.waiting import until
 
 TOKEN, OTHER = PeerToken(b"t" * 16), PeerToken(b"o" * 16)
@@ -130,7 +135,7 @@ def test_commands_through_triton_are_obeyed_when_they_are_proven() -> None:
             await until(lambda: len(rig.executor.requests) == 1, "submission")
             rig.executor.emit(token(1), completed())
             await task
-            assert last(exchange).finish_reason is not None
+            assert exchange.is_over and exchange.token_ids == [1]
             drain, done = rig.send(command=bytes_tensor(sealed(rig, encode_message(DrainCommand()))))
             await done
             assert drain.is_over and rig.registry.published[-1].state.value == "draining"
@@ -166,8 +171,6 @@ def test_a_refusal_is_a_lost_worker_to_whoever_may_ask_another() -> None:
 
 
 def test_what_a_router_sends_through_triton_is_what_a_worker_takes() -> None:
-    from kelp.client.grpc.workers import _Party
-
     def bytes_of(message: Message, prompt: np.ndarray | None, known: PeerToken | None) -> bytes:
         party = _Party(WorkerAddress("host:1", "decode", "", "epoch"), known)
         return party.request("r", message, prompt).raw_input_contents[0][4:]
@@ -181,3 +184,53 @@ def test_what_a_router_sends_through_triton_is_what_a_worker_takes() -> None:
             await task
 
     asyncio.run(scene())
+
+
+class PlayedStream:
+    """Takes the place of the client's stream to Triton: keeps the request, and what takes the answers."""
+
+    def start(self, request: Any, take: Callable[[Any], None]) -> Any:
+        self.request, self.take = request, take
+        return SimpleNamespace(has_ended=False)
+
+
+@pytest.mark.parametrize("change", ["none", "a token", "the order", "no proof"])
+def test_what_a_worker_answers_through_triton_counts_if_it_is_its_own(change: str) -> None:
+    async def scene() -> None:
+        async with open_worker(token=TOKEN) as rig:
+            party, shared, heard = _Party(WorkerAddress("host:1", "decode", "", "epoch"), TOKEN), PlayedStream(), []
+            request = party.request("r", generate_command(Role.AGGREGATED, None), PROMPT)
+            GrpcWorkerStream(shared, lambda: shared, party, request, heard.append)  # type: ignore[arg-type]
+            exchange, task = rig.send(command=bytes_tensor(shared.request.raw_input_contents[0][4:]), input_ids=PROMPT)
+            await until(lambda: len(rig.executor.requests) == 1, "submission")
+            rig.executor.emit(token(1))
+            await until(lambda: len(exchange.responses) == 1, "the first token")
+            rig.executor.emit(token(2), completed())
+            await task
+            for answer in on_the_wire(exchange, change):
+                shared.take(answer)
+            if change == "none":
+                assert [output.token_ids for output in heard] == [(1,), (2,)]
+            else:
+                assert isinstance(heard[0], PeerRefused) and len(heard) == 1
+
+    asyncio.run(scene())
+
+
+def on_the_wire(exchange: FakeExchange, change: str) -> list[dict[str, bytes]]:
+    """Responses as a client gets them, after somebody has had his hands on them."""
+    answers = [
+        {
+            "output_ids": response["output_ids"].tobytes(),
+            "output_log_probs": response["output_log_probs"].tobytes(),
+            "event": b"\0" * 4 + response["event"][0],
+        }
+        for response in exchange.responses
+    ]
+    if change == "a token":
+        answers[0]["output_ids"] = np.array([7], np.int32).tobytes()
+    elif change == "the order":
+        answers.reverse()
+    elif change == "no proof":
+        answers = [{**answer, "event": b""} for answer in answers]
+    return answers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 
 import pytest
@@ -14,6 +15,7 @@ from kelp.core.messages import WORKER_STATUS, DrainCommand
 from kelp.core.types import HandoffShape, Role, WorkerState
 from kelp.core.wire import decode_message
 from kelp.registry.base import LayoutRecord, WorkerRecord
+from kelp.worker import watchdog
 from kelp.worker.presence import Presence
 from support.exchange import FakeExchange
 from support.waiting import until
@@ -153,6 +155,29 @@ def test_an_engine_that_was_only_slow_gets_requests_again() -> None:
             rig.executor.emit(token(1), completed())
             await task
             assert exchange.token_ids == [1]
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize(
+    ("step_s", "end_after_s", "ends"),
+    [(7.0, 6.9, True), (7.0, 8.0, False), (math.inf, 300.0, True), (math.inf, 0.0, False)],
+    ids=["stuck for long", "stuck", "dead", "dead and told not to"],
+)
+def test_a_worker_whose_engine_is_beyond_hope_ends_once_its_requests_have_been_given_up(
+    monkeypatch: pytest.MonkeyPatch, step_s: float, end_after_s: float, ends: bool
+) -> None:
+    async def scene() -> None:
+        async with open_worker(step_timeout_s=0.02, end_after_s=end_after_s) as rig:
+            _, running = await rig.generate()
+            seen: list[bool] = []
+            monkeypatch.setattr(watchdog, "_end_process", lambda: seen.append(running.done()))
+            rig.executor.step_s = step_s
+            with pytest.raises(WorkerStuck):
+                await running
+            num_loads = rig.executor.num_loads
+            await until(lambda: bool(seen) or rig.executor.num_loads > num_loads + 5, "its end, or some more looks")
+            assert seen[:1] == ([True] if ends else [])
 
     asyncio.run(scene())
 

@@ -75,6 +75,7 @@ class FakeExecutor:
         self.is_closed = False
         self.num_draft_tokens = 0
         self.step_s = 0.0
+        self.num_loads = 0
 
     def submit(self, request: ExecutorRequest) -> None:
         if self.refusal is not None:
@@ -98,6 +99,7 @@ class FakeExecutor:
         self._note("release_export", request_id)
 
     def load(self) -> ExecutorLoad:
+        self.num_loads += 1
         num_drafts = self.num_draft_tokens
         return ExecutorLoad(
             len(self.requests), 0, self.layout.num_blocks, 0, 0, num_drafts, num_drafts // 2, self.step_s
@@ -259,6 +261,7 @@ async def open_worker(
     direct: DirectConfig | None = None,
     grace_s: float = 60.0,
     step_timeout_s: float = 60.0,
+    end_after_s: float = 60.0,
     token: PeerToken | None = None,
     **handoff: float,
 ) -> AsyncIterator[WorkerRig]:
@@ -268,7 +271,7 @@ async def open_worker(
         handoff=settings,
         direct=direct or DirectConfig(),
         drain=DrainConfig(grace_s=grace_s),
-        watchdog=WatchdogConfig(step_timeout_s=step_timeout_s),
+        watchdog=WatchdogConfig(step_timeout_s=step_timeout_s, end_after_s=end_after_s),
         router=RouterConfig(cancel_poll_s=0.002, idle_timeout_s=idle_timeout_s),
         registry=RegistryConfig(heartbeat_s=heartbeat_s),
         server=ServerConfig(tags=tags or {}),

@@ -5,21 +5,25 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from tiers_rig import BLOCK_SIZE, NUM_BLOCKS, names_of, open_rig
 
-from kelp.core.clock import FakeClock
+from kelp.client.base import KvManagerClient, WorkerAddress
+from kelp.core.clock import FakeClock, SystemClock
 from kelp.core.errors import DeadlineExceeded, InvalidRequest, WorkerLost
 from kelp.core.hashing import tenant_digest
-from kelp.core.kv_manager_messages import Commit, Join, Onboard, Store
-from kelp.core.metrics import KV_MANAGER_JOINED, OFFLOAD_BLOCKS
+from kelp.core.kv_manager_messages import Commit, Join, Onboard, Result, Store
+from kelp.core.metrics import KV_MANAGER_JOINED, OFFLOAD_BLOCKS, Metrics
 from kelp.core.types import BlockId, SequenceHash
 from kelp.executor.base import Completed, SealedBlock
 from kelp.registry.base import KvManagerRecord
 from kelp.worker.tiers import offloader, service
 from kelp.worker.tiers.buffer import OffloadBuffer
 from kelp.worker.tiers.leases import LeaseBook
+from kelp.worker.tiers.link import Links
+from kelp.worker.tiers.membership import MemberParts, Membership
 from kelp.worker.tiers.pace import DUTY, Pace
 from kelp.worker.tiers.service import manager_for
 from support.waiting import until
@@ -42,8 +46,77 @@ def test_the_newest_manager_of_the_own_host_is_chosen() -> None:
 def test_a_host_without_manager_may_use_that_of_another() -> None:
     records = [record("here", 1), record("there", 9), record("far", 2)]
     assert manager_for("here", records, use_other_hosts=True) == records[0]
-    assert manager_for("nowhere", records, use_other_hosts=True) == records[1]
+    assert manager_for("nowhere", records, use_other_hosts=True) in records
     assert manager_for("nowhere", [], use_other_hosts=True) is None
+
+
+def test_which_other_host_is_used_does_not_depend_on_clocks() -> None:
+    hour_ns = 3600 * 10**9
+    hosts = [f"host-{number}" for number in range(20)]
+    chosen = []
+    for there, far in ((1, 2), (hour_ns, 2), (1, hour_ns)):
+        records = [
+            KvManagerRecord(
+                manager_id=f"{name}/kv", epoch=name, host=name, endpoint="h:1", model_name="kv", heartbeat_ns=beat_ns
+            )
+            for name, beat_ns in (("there", there), ("far", far))
+        ]
+        found = [manager_for(host, records, use_other_hosts=True) for host in hosts]
+        chosen.append([each and each.host for each in found])
+    assert chosen[0] == chosen[1] == chosen[2]
+    assert set(chosen[0]) == {"there", "far"}, "both are used, each by some hosts"
+
+
+def test_a_failed_manager_of_another_host_is_chosen_last_but_not_never() -> None:
+    records = [
+        KvManagerRecord(manager_id=f"{name}/kv", epoch=name, host=name, endpoint="h:1", model_name="kv")
+        for name in ("a", "b", "c")
+    ]
+    failed: list[str] = []
+    for _ in range(3):
+        found = manager_for("nowhere", records, use_other_hosts=True, failed=failed)
+        assert found is not None
+        failed.append(found.epoch)
+    assert sorted(failed) == ["a", "b", "c"]
+    found = manager_for("nowhere", records, use_other_hosts=True, failed=failed)
+    assert found is not None and found.epoch == failed[0]
+    at_home = record("here", 1)
+    assert manager_for("here", [*records, at_home], use_other_hosts=True, failed=["e"]) == at_home
+
+
+def test_while_one_manager_does_not_answer_another_is_tried() -> None:
+    asked: list[str] = []
+
+    class Deaf:
+        async def call(self, address: WorkerAddress, operations: object, timeout_s: float) -> list[Result]:
+            asked.append(address.epoch)
+            raise WorkerLost("nobody there")
+
+    records = [
+        KvManagerRecord(manager_id=f"{name}/kv", epoch=name, host=name, endpoint="h:1", model_name="kv")
+        for name in ("a", "b")
+    ]
+    parts = MemberParts(
+        name="w",
+        find=lambda failed: manager_for("nowhere", records, True, failed),
+        introduce=lambda: cast(Join, None),
+        client=cast(KvManagerClient, Deaf()),
+        links=cast(Links, None),
+        clock=SystemClock(),
+        metrics=Metrics(),
+        on_change=lambda: None,
+        call_timeout_s=1.0,
+        poll_s=1e-3,
+    )
+
+    async def scenario() -> None:
+        running = asyncio.ensure_future(Membership(parts).run())
+        await until(lambda: len(asked) >= 3, "three attempts")
+        running.cancel()
+
+    asyncio.run(scenario())
+    assert set(asked[:2]) == {"a", "b"}
+    assert asked[2] == asked[0]
 
 
 def test_a_worker_of_another_host_stores_there_and_has_it_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

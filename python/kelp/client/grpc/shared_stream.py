@@ -16,7 +16,7 @@ from typing import Any
 import grpc
 from tritonclient.grpc import service_pb2
 
-from kelp.core.errors import KelpError, WorkerDied, WorkerLost, from_message
+from kelp.core.errors import KelpError, ProtocolError, WorkerDied, WorkerLost, from_message
 
 RawTensors = Mapping[str, bytes]
 """Contents by output name, as Triton sends them."""
@@ -163,9 +163,11 @@ class SharedStream:
         if reply is None:
             return
         error = self._typed(message.error_message) if message.error_message else None
-        if error is None and response.outputs:
-            names = (output.name for output in response.outputs)
-            reply.put(dict(zip(names, response.raw_output_contents, strict=True)))
+        names, contents = [output.name for output in response.outputs], response.raw_output_contents
+        if error is None and len(names) != len(contents):
+            error = ProtocolError(f"{self._where}: {len(contents)} contents for {len(names)} outputs")
+        if error is None and names:
+            reply.put(dict(zip(names, contents, strict=True)))
         if error is not None or response.parameters[_FINAL].bool_param:
             del self._replies[response.id]
             reply.end(error)

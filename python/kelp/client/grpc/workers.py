@@ -23,6 +23,7 @@ from tritonclient.grpc import service_pb2_grpc
 
 from kelp.client.base import Receive, WorkerAddress, WorkerOutput
 from kelp.client.grpc.shared_stream import RawTensors, Reply, SharedStream, infer_request
+from kelp.core.answer_seal import AnswerSeal
 from kelp.core.errors import KelpError, ProtocolError
 from kelp.core.messages import (
     WORKER_EVENT,
@@ -54,6 +55,7 @@ _DRAIN_TIMEOUT_S = 4.0
 _UNUSED_S = 60.0
 """A channel that nobody has used for this long is closed."""
 _LENGTH = struct.Struct("<I")
+_NUMBER_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,20 +75,28 @@ class _Party:
         address, document = self.address, encode_message(command)
         beside = b"" if prompt is None else np.ascontiguousarray(prompt, dtype="<i4").tobytes()
         if not isinstance(command, StatusCommand):
-            scope = (address.worker_id, address.epoch)
-            document = seal(self.token, WORKER_COMMAND_PROOF, scope, document, beside)
+            document = seal(self.token, WORKER_COMMAND_PROOF, self._scope, document, beside)
         tensors = {"command": ("BYTES", 1, _LENGTH.pack(len(document)) + document)}
         if prompt is not None:
             tensors["input_ids"] = ("INT32", len(prompt), beside)
         return infer_request(address.model_name, request_id, tensors)
+
+    def answers_to(self, request: Any) -> AnswerSeal:
+        """What opens the answers to a request that `request` made."""
+        return AnswerSeal(self.token, self._scope, request.raw_input_contents[0][_LENGTH.size :])
+
+    @property
+    def _scope(self) -> tuple[str, ...]:
+        return self.address.worker_id, self.address.epoch
 
 
 def _event(tensors: RawTensors) -> bytes:
     return tensors.get("event", b"")[_LENGTH.size :]
 
 
-def _numbers(tensors: RawTensors, name: str, dtype: str) -> tuple[Any, ...]:
-    raw = tensors.get(name, b"")
+def _numbers(raw: bytes, dtype: str, where: str) -> tuple[Any, ...]:
+    if len(raw) % _NUMBER_BYTES:
+        raise ProtocolError(f"{where}: {len(raw)} bytes are no whole number of elements")
     return tuple(np.frombuffer(raw, dtype=dtype).tolist()) if raw else ()
 
 
@@ -111,6 +121,7 @@ class GrpcWorkerStream:
         self._party = party
         self._request_id = request.id
         self._receive = receive
+        self._answers = party.answers_to(request)
         self._is_closing = False
         self._is_told = False
         self._has_finished = False
@@ -151,10 +162,10 @@ class GrpcWorkerStream:
         self._receive(item)
 
     def _output(self, tensors: RawTensors) -> WorkerOutput:
-        ids = _numbers(tensors, "output_ids", "<i4")
-        log_probs = _numbers(tensors, "output_log_probs", "<f4")
-        event = _event(tensors)
+        raw_ids, raw_log_probs = tensors.get("output_ids", b""), tensors.get("output_log_probs", b"")
+        event = self._answers.open(_event(tensors), raw_ids, raw_log_probs)
         where = self._party.where
+        ids, log_probs = _numbers(raw_ids, "<i4", where), _numbers(raw_log_probs, "<f4", where)
         told: WorkerEvent | None = decode_message(WORKER_EVENT, event, where) if event else None
         self._has_finished = isinstance(told, Finished)
         if len(ids) != len(log_probs):

@@ -80,7 +80,11 @@ def _read_shape(fd: int) -> ArenaShape | None:
         return None
     _, space, block_bytes, _, num_slots, _ = _HEADER.unpack_from(raw)
     shape = ArenaShape(space, block_bytes, num_slots)
-    is_whole = raw == shape.header() and os.fstat(fd).st_size == shape.file_bytes
+    try:
+        is_whole = raw == shape.header() and os.fstat(fd).st_size == shape.file_bytes
+    except struct.error:
+        # Numbers so large that what follows from them has no place in a header: nobody wrote them on purpose.
+        return None
     return shape if is_whole else None
 
 

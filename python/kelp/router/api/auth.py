@@ -26,7 +26,8 @@ class Authenticator:
         if self._token is None:
             return
         given = (header or "")[len(_SCHEME) :] if (header or "").startswith(_SCHEME) else ""
-        if not hmac.compare_digest(given.encode(), self._token):
+        # HTTP servers hand over bytes that are no UTF-8 as surrogates.
+        if not hmac.compare_digest(given.encode(errors="surrogatepass"), self._token):
             raise Unauthenticated("a bearer token is required")
 
 

@@ -11,7 +11,7 @@ import grpc
 from google.protobuf import json_format
 from google.protobuf.struct_pb2 import Struct
 
-from kelp.core.errors import ConfigError, InternalError, KelpError
+from kelp.core.errors import ConfigError, InternalError, InvalidRequest, KelpError
 from kelp.core.wire import MAX_MESSAGE_BYTES
 from kelp.router.api.auth import Authenticator
 from kelp.router.api.operations import Operations
@@ -69,7 +69,7 @@ class GrpcApi:
             metadata = dict(context.invocation_metadata() or ())
             try:
                 self._auth.check(metadata.get("authorization"))
-                answer = self._operations.call(name, _document(request))
+                answer = self._operations.call(name, document_of(request))
             except KelpError as error:
                 await context.abort(grpc.StatusCode[error.grpc_status], str(error))
             except Exception as error:
@@ -81,9 +81,17 @@ class GrpcApi:
         return handle
 
 
-def _document(request: Struct) -> bytes:
-    """JSON of a Struct; its numbers are doubles, which ours are integers of where they are whole."""
-    return json.dumps(_whole(json_format.MessageToDict(request))).encode()
+def document_of(request: Struct) -> bytes:
+    """JSON of a Struct; its numbers are doubles, which ours are integers of where they are whole.
+
+    Raises:
+        InvalidRequest: It holds what JSON cannot say, infinity for example.
+    """
+    try:
+        document = json_format.MessageToDict(request)
+    except (ValueError, json_format.Error) as error:
+        raise InvalidRequest(f"document: {error}") from None
+    return json.dumps(_whole(document)).encode()
 
 
 def _whole(value: Any) -> Any:

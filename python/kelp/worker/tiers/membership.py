@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kelp.client.base import KvManagerClient, WorkerAddress
@@ -29,6 +29,7 @@ _MIN_BACKOFF_S = 0.25
 _MAX_BACKOFF_S = 30.0
 _RENEWALS_TO_TRUST = 3
 """After so many, a failure counts as the first again."""
+_FAILURES_KEPT = 16
 _STATES = ("joined", "absent", "refused")
 
 
@@ -37,13 +38,14 @@ class MemberParts:
     """What a membership needs.
 
     Attributes:
-        find: The manager of this host, None without one; may block on I/O.
+        find: The manager to join, None without one; told the epochs of those that have failed, the last one last. May
+            block on I/O.
         introduce: What to say to a manager; blocks for a moment.
         on_change: Called on the loop when a manager was joined or lost.
     """
 
     name: str
-    find: Callable[[], KvManagerRecord | None]
+    find: Callable[[Sequence[str]], KvManagerRecord | None]
     introduce: Callable[[], Join]
     client: KvManagerClient
     links: Links
@@ -71,7 +73,7 @@ class Membership:
         self._has_lost = asyncio.Event()
         self._backoff_s = _MIN_BACKOFF_S
         self._rest_s = 0.0
-        self._failed_epoch = ""
+        self._failed: tuple[str, ...] = ()
         self._show("absent")
 
     async def call(self, link: Link, operation: Operation, timeout_s: float) -> Result:
@@ -122,7 +124,7 @@ class Membership:
                 continue
             num_renewed += await self._renew(link)
             if num_renewed >= _RENEWALS_TO_TRUST:
-                self._backoff_s = _MIN_BACKOFF_S
+                self._backoff_s, self._failed = _MIN_BACKOFF_S, ()
             self._has_lost.clear()
             if self.link is link:
                 await self._wait_lost(link.ttl_s / _RENEWALS_PER_TTL)
@@ -163,18 +165,18 @@ class Membership:
         while (left_s := end_s - self._parts.clock.monotonic_s()) > 0:
             await asyncio.sleep(min(left_s, self._parts.poll_s))
             with contextlib.suppress(OSError):
-                record = await asyncio.to_thread(self._parts.find)
-                if record is not None and record.epoch != self._failed_epoch:
+                record = await asyncio.to_thread(self._parts.find, self._failed)
+                if record is not None and record.epoch not in self._failed:
                     return
 
     async def _seek(self) -> None:
         """Try to join."""
         record: KvManagerRecord | None = None
         try:
-            record = await asyncio.to_thread(self._parts.find)
+            record = await asyncio.to_thread(self._parts.find, self._failed)
             if record is None:
                 self._show("absent")
-                self._rest_s, self._failed_epoch = self._parts.poll_s, ""
+                self._rest_s, self._failed = self._parts.poll_s, ()
                 return
             self.link = await self._join(record)
         except (KelpError, OSError) as error:
@@ -189,7 +191,8 @@ class Membership:
         self._parts.metrics.add(KV_MANAGER_FAILURES, worker=self._parts.name, reason=reason)
         is_absent = isinstance(error, WorkerLost | DeadlineExceeded | OSError)
         self._show("absent" if is_absent else "refused")
-        self._failed_epoch = epoch
+        if epoch:
+            self._failed = (*(each for each in self._failed if each != epoch), epoch)[-_FAILURES_KEPT:]
         self._rest_s, self._backoff_s = self._backoff_s, min(2 * self._backoff_s, _MAX_BACKOFF_S)
 
     async def _join(self, record: KvManagerRecord) -> Link:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 
 from kelp.client.base import KvManagerClient
 from kelp.core.clock import Clock
@@ -127,7 +128,9 @@ class WorkerTiers:
         parts = self._parts
         return MemberParts(
             name=parts.name,
-            find=lambda: manager_for(socket.gethostname(), parts.managers(), parts.config.offload.use_other_hosts),
+            find=lambda failed: manager_for(
+                socket.gethostname(), parts.managers(), parts.config.offload.use_other_hosts, failed
+            ),
             introduce=self._introduction,
             client=parts.client,
             links=self._links,
@@ -164,10 +167,23 @@ def space_of(layout: KVLayout) -> SpaceRecord:
     )
 
 
-def manager_for(host: str, records: list[KvManagerRecord], use_other_hosts: bool) -> KvManagerRecord | None:
-    """The manager of a host that has shown itself last; of another host where there is none, if that may be."""
-    here = [record for record in records if record.host == host]
-    return max(here or (records if use_other_hosts else []), key=lambda record: record.heartbeat_ns, default=None)
+def manager_for(
+    host: str, records: list[KvManagerRecord], use_other_hosts: bool, failed: Sequence[str] = ()
+) -> KvManagerRecord | None:
+    """The manager of a host that has shown itself last; of another host where there is none, if that may be.
+
+    Heartbeats of different hosts tell nothing of each other: their clocks may be hours apart. So all workers of a host
+    agree by name on a manager elsewhere, and different hosts on different ones. Those whose epochs are in `failed`, the
+    last to fail at its end, come last, and in that order.
+    """
+
+    def preference(record: KvManagerRecord) -> tuple[int, bytes, int]:
+        name = sha256(f"{host} {record.manager_id}".encode()).digest()
+        return -(failed.index(record.epoch) + 1 if record.epoch in failed else 0), name, record.heartbeat_ns
+
+    if here := [record for record in records if record.host == host]:
+        return max(here, key=lambda record: record.heartbeat_ns)
+    return max(records, key=preference, default=None) if use_other_hosts else None
 
 
 def _say_if_failed(task: asyncio.Task[None]) -> None:

@@ -60,7 +60,7 @@ def _is_foreign(folder: Path) -> bool:
         fields = json.loads((folder / _MANIFEST).read_text())
         digest = fields.pop("digest")
         is_intact = digest == _digest(fields)
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
         return False
     return bool(is_intact and fields.get("format") != FORMAT_VERSION)
 

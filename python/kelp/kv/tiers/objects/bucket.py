@@ -14,12 +14,15 @@ from typing import Any
 
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
+from botocore.parsers import ResponseParserError
 from botocore.session import Session
 
 from kelp.core.errors import ConfigError, RetryableTransferError
 from kelp.kv.tiers.objects.messages import Listed, StoreAddress
 from kelp.transport.nixl.objects import Credentials
 
+_NO_ANSWER = (ResponseParserError, LookupError, ValueError, TypeError)
+"""What botocore, and whoever looks into its dicts, raises when what came is no answer of an object store."""
 PAGE_OBJECTS = 1000
 """Most objects that S3 lists or deletes at once."""
 
@@ -87,10 +90,10 @@ class Bucket:
         where = {"Bucket": self._address.bucket, "Prefix": prefix, "MaxKeys": PAGE_OBJECTS}
         with _typed():
             page = self._client.list_objects_v2(**where, **({"ContinuationToken": token} if token else {}))
-        objects = [
-            Listed(item["Key"], int(item["Size"]), item["LastModified"].timestamp())
-            for item in page.get("Contents", ())
-        ]
+            objects = [
+                Listed(item["Key"], int(item["Size"]), item["LastModified"].timestamp())
+                for item in page.get("Contents", ())
+            ]
         return tuple(objects), page.get("NextContinuationToken", "") if page.get("IsTruncated") else ""
 
     def folders(self, root: str) -> tuple[str, ...]:
@@ -101,7 +104,7 @@ class Bucket:
         """
         with _typed():
             page = self._client.list_objects_v2(Bucket=self._address.bucket, Prefix=root, Delimiter="/")
-        return tuple(item["Prefix"] for item in page.get("CommonPrefixes", ()))
+            return tuple(item["Prefix"] for item in page.get("CommonPrefixes", ()))
 
     def delete(self, keys: Sequence[str]) -> tuple[int, str]:
         """Delete objects, `PAGE_OBJECTS` at most; gives how many are gone and why others are not.
@@ -122,3 +125,6 @@ def _typed() -> Iterator[None]:
         yield
     except (BotoCoreError, ClientError) as error:
         raise RetryableTransferError(f"object store: {error}") from error
+    except _NO_ANSWER as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise RetryableTransferError(f"object store: its answer makes no sense: {reason}") from error

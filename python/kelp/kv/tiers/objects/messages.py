@@ -216,6 +216,7 @@ AnyRequest = Hello | Put | Get | Ask | Spaces | List | Delete
 AnyAnswer = Ready | Refused | PutDone | GetDone | Asked | SpacesDone | ListDone | DeleteDone
 
 
+_NO_MESSAGE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _requests = msgspec.msgpack.Decoder(AnyRequest)
 _answers = msgspec.msgpack.Decoder(AnyAnswer)
 
@@ -233,7 +234,7 @@ def decode_request(raw: bytes) -> AnyRequest:
     """
     try:
         request: AnyRequest = _requests.decode(raw)
-    except msgspec.MsgspecError as error:
+    except _NO_MESSAGE as error:
         raise ProtocolError(f"object store process: {error}") from error
     return request
 
@@ -246,6 +247,6 @@ def decode_answer(raw: bytes) -> AnyAnswer:
     """
     try:
         answer: AnyAnswer = _answers.decode(raw)
-    except msgspec.MsgspecError as error:
+    except _NO_MESSAGE as error:
         raise ProtocolError(f"object store process: {error}") from error
     return answer
