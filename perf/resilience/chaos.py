@@ -95,7 +95,7 @@ def run_rolling(reporter: Reporter, is_long: bool) -> None:
     workers = (*fleet.prefill_workers, *fleet.decode_workers)
     steps = [(FaultKind.WORKER_RELOADED, worker) for worker in workers]
     steps += [(FaultKind.ROUTER_RELOADED, ""), (FaultKind.MANAGER_RELOADED, "")]
-    steps *= 5 if is_long else 1
+    steps *= 3 if is_long else 1
     faults = [Fault(2.0 + index * _STEP_S, kind, target) for index, (kind, target) in enumerate(steps)]
     spec = replace(make_spec(fleet, len(steps) * _STEP_S, _ROLLING_RATE, _SEED), chosen=tuple(faults))
     report = _play(reporter, spec, fleet)

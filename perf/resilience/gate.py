@@ -1,6 +1,6 @@
 """`make chaos`: three minutes of every kind of fault on mock workers, in both layouts, as CI runs it.
 
-Status 1 if a token was wrong, a request hung, anything was left behind or did not come back, or fewer than 99.9 % of
+Status 1 if a token was wrong, a request hung, anything was left behind or did not come back, or fewer than 99.5 % of
 the requests that were not shed were answered; then it says where the fleets' logs are. Nothing here is a measurement,
 and deadlines are such that a machine several times slower passes.
 """
@@ -23,7 +23,7 @@ from kelp.chaos.fleet_spec import FleetSpec, StoreSpec, quick_settings
 from kelp.chaos.report import Report
 from kelp.chaos.runner import run_served
 from kelp.core.errors import ConfigError
-from perf.resilience.chaos import COMPLETED_SHARE, RATE, make_spec, object_stores, summary, tell
+from perf.resilience.chaos import RATE, make_spec, object_stores, summary, tell
 from perf.resilience.fleets import temporary_folder
 
 _ENGINE = "mock"
@@ -35,6 +35,8 @@ _NUM_USERS = 4
 _DEADLINE_S = 120.0
 """A router or worker that takes half a minute to come back, and is hit again, costs no request."""
 _RECOVERY_WAIT_S = 45.0
+_LEAST_SHARE = 0.995
+"""Of some 900 requests one is more than the 0.1 % of `make bench SUITE=resilience LONG=1`, which has enough of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +58,8 @@ def complaints(reports: Sequence[Report]) -> list[str]:
         "parts that did not come back": sum(len(report.unhealed) for report in reports),
     }
     found = [f"{count} {what}" for what, count in counts.items() if count]
-    if completed < COMPLETED_SHARE * asked or not asked:
-        found.append(f"{completed} of {asked} requests completed, fewer than {COMPLETED_SHARE:.1%}")
+    if completed < _LEAST_SHARE * asked or not asked:
+        found.append(f"{completed} of {asked} requests completed, fewer than {_LEAST_SHARE:.1%}")
     return found
 
 

@@ -38,7 +38,7 @@ _SLACK_S = 5.0
 _HEAL_S = 90.0
 _POLL_S = 0.5
 _MS = 1e3
-_NUM_ROUNDS, _NUM_LONG_ROUNDS = 5, 15
+_NUM_ROUNDS, _NUM_LONG_ROUNDS = 5, 10
 
 
 @dataclass(frozen=True, slots=True)

@@ -161,6 +161,7 @@ class Load:
             text=error.text if error else "",
             is_hung=is_hung,
             num_asked=len(calls),
+            is_unreached=error is not None and error.is_connection,
         )
         judgement = judge(question.expectation, expected, seen)
         before = sum(

@@ -19,7 +19,7 @@ class Expectation(str, enum.Enum):
     LEAVES = "leaves"
     """Its client goes; what has come until then is right."""
     DEADLINE = "deadline"
-    """Its deadline is too short; it ends by then, answered or not."""
+    """Its deadline is too short; it ends by then, answered or not, also where no server has been up to hear of it."""
     REFUSAL = "refusal"
     """A typed error that blames the request."""
 
@@ -47,6 +47,7 @@ class Seen:
         text: Of the error.
         is_hung: It had not ended some seconds after its deadline.
         num_asked: Calls that it took: a client asks again when the connection breaks.
+        is_unreached: The last of them reached nobody.
     """
 
     tokens: Mapping[int, Sequence[int]]
@@ -54,6 +55,7 @@ class Seen:
     text: str = ""
     is_hung: bool = False
     num_asked: int = 1
+    is_unreached: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,7 @@ def _outcome(expectation: Expectation, seen: Seen) -> Outcome:
         return Outcome.REFUSED if seen.code in REFUSAL_CODES or _TRITONS_REFUSAL in seen.text else Outcome.FAILED
     if seen.code == _SHED_CODE:
         return Outcome.SHED
-    if seen.code == _DEADLINE_CODE and expectation is Expectation.DEADLINE:
+    if expectation is Expectation.DEADLINE and (seen.code == _DEADLINE_CODE or seen.is_unreached):
         return Outcome.EXPIRED
     if seen.code:
         return Outcome.FAILED

@@ -41,6 +41,8 @@ def test_wrong_tokens_are_those_that_differ_go_beyond_or_lack(seen: list[int], i
         (Expectation.DEADLINE, Seen({0: (1,)}, "DEADLINE_EXCEEDED"), Outcome.EXPIRED),
         (Expectation.DEADLINE, Seen({0: RIGHT[0]}), Outcome.COMPLETED),
         (Expectation.DEADLINE, Seen({}, "INTERNAL"), Outcome.FAILED),
+        (Expectation.DEADLINE, Seen({}, "UNAVAILABLE", is_unreached=True), Outcome.EXPIRED),
+        (Expectation.ANSWER, Seen({}, "UNAVAILABLE", is_unreached=True), Outcome.FAILED),
         (Expectation.REFUSAL, Seen({}, "INVALID_ARGUMENT"), Outcome.REFUSED),
         (Expectation.REFUSAL, Seen({}, "UNTYPED", "unexpected shape for input 'max_tokens'"), Outcome.REFUSED),
         (Expectation.REFUSAL, Seen({}, "UNTYPED", "Socket closed"), Outcome.FAILED),
