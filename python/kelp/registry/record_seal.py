@@ -74,7 +74,8 @@ class Refusals:
     def note(self, place: str, error: Exception) -> None:
         """This one is ignored."""
         if str(self._errors.get(place)) != str(error):
-            _log.warning("ignored: %s", error)
+            # Strangers choose places' names: a line break in one must not begin a line that looks like ours.
+            _log.warning("ignored: %s", str(error).encode("unicode_escape").decode())
         self._errors[place] = error
 
     def clear(self, place: str) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 
 import pytest
 
 from kelp.core.clock import FakeClock
+from kelp.core.errors import ProtocolError
 from kelp.core.peer_auth import PeerToken
 from kelp.registry.base import RouterRecord
 from kelp.registry.directory import RouterDirectory
+from kelp.registry.record_seal import Refusals
 
 TOKEN, OTHER = PeerToken(b"t" * 16), PeerToken(b"o" * 16)
 
@@ -67,3 +70,10 @@ def test_sweeping_leaves_strangers_what_they_still_renew(tmp_path: Path) -> None
     assert directory.sweep() == 0 and path.exists()
     clock.advance(6.0)
     assert directory.sweep() == 1 and not path.exists()
+
+
+def test_a_place_whose_name_has_line_breaks_takes_one_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        Refusals().note("x", ProtocolError("registry record a\nI kelp llm: well\r: no record"))
+    (line,) = [item.getMessage() for item in caplog.records]
+    assert line == r"ignored: [KELP_PROTOCOL] registry record a\nI kelp llm: well\r: no record"
