@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,10 +16,12 @@ import numpy.typing as npt
 
 from kelp.executor.mock.language import Vocabulary
 from kelp.text.tokenizer import Tokenizer
-from support.llm_client import http_error, http_get, http_post
+from support.llm_client import Call, http_error, http_get, http_post
 from support.serving import HOST, MODEL, KelpServer
+from support.waiting import wait_until
 
 NUM_ROUTERS = 3
+_STILL_S = 0.05
 
 
 class Reference:
@@ -82,3 +85,28 @@ def samples(server: KelpServer) -> dict[str, list[Sample]]:
 def total(found: Sequence[Sample], **labels: str) -> float:
     """Sum over the samples that have these labels."""
     return sum(sample.value for sample in found if labels.items() <= sample.labels.items())
+
+
+def kill_between_responses(server: KelpServer, model: str, workers: Sequence[str], calls: Sequence[Call]) -> None:
+    """Kill a model's process while it sends nothing, its workers standing still for less than a second.
+
+    One that dies in the middle of a response holds a lock in Triton's shared memory, and Triton (2.51) aborts.
+    """
+    dead, paused = server.stub(model), [server.stub(name) for name in workers]
+    seen = (-1, time.monotonic())
+
+    def is_still() -> bool:
+        nonlocal seen
+        num_responses = sum(call.num_waiting for call in calls)
+        if num_responses != seen[0]:
+            seen = (num_responses, time.monotonic())
+        return time.monotonic() - seen[1] >= _STILL_S
+
+    for process in paused:
+        process.suspend()
+    try:
+        wait_until(is_still, "the end of the responses under way")
+        dead.kill()
+    finally:
+        for process in paused:
+            process.resume()

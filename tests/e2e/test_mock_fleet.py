@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from mock_fleet_rig import NUM_ROUTERS, Reference, explain, generate, model_of
+from mock_fleet_rig import NUM_ROUTERS, Reference, explain, generate, kill_between_responses, model_of
 
 from kelp.client.base import WorkerAddress
 from kelp.client.grpc import GrpcWorkerClient
@@ -121,7 +121,7 @@ def test_a_killed_router_takes_only_its_own_requests_along(fleet: KelpServer, re
     dead = router_of_stub(live_routers(fleet), "llm_0_0")
     assert set(router_of.values()) == live_routers(fleet)
 
-    fleet.stub("llm").kill()
+    kill_between_responses(fleet, "llm", ("prefill", "decode", "decode_1"), [*streams.values()])
     for name, call in streams.items():
         if router_of[name] != dead:
             answer = Answer([first[name], *call])

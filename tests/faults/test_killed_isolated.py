@@ -19,7 +19,7 @@ from kill_scenes import (
     wait_back,
 )
 
-from support.llm_client import ServedError, http_get, http_post
+from support.llm_client import ServedError, http_post, is_served
 from support.serving import KelpServer, shm_regions
 from support.waiting import wait_until
 
@@ -106,7 +106,7 @@ def test_a_dead_router_ends_its_streams_and_comes_back(fleet: KelpServer) -> Non
         fleet.stub("llm").kill()
         with pytest.raises(ServedError):
             call.answer()
-    wait_until(lambda: http_get(f"{fleet.http_url}/v2/models/llm/ready")[0] == 200, "the router", 90.0)
+    wait_until(lambda: is_served(fleet.http_url, "llm"), "the router", 90.0)
     check_serving(fleet)
 
 

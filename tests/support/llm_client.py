@@ -143,6 +143,11 @@ class Call:
             if response.is_last:
                 return
 
+    @property
+    def num_waiting(self) -> int:
+        """Responses that have come and that nobody has taken."""
+        return self._events.qsize()
+
     def next(self, timeout_s: float = _TIMEOUT_S) -> Response:
         """The next response; `queue.Empty` when none comes in time."""
         result, error = self._events.get(timeout=timeout_s)
@@ -183,6 +188,14 @@ def http_post(url: str, body: Any) -> tuple[int, bytes]:
     except HTTPError as error:
         with error:
             return error.code, error.read()
+
+
+def is_served(http_url: str, model: str) -> bool:
+    """Whether a model is ready; a connection that breaks while its server mends itself says no."""
+    try:
+        return http_get(f"{http_url}/v2/models/{model}/ready")[0] == 200
+    except OSError:
+        return False
 
 
 def http_get(url: str) -> tuple[int, bytes]:
