@@ -68,6 +68,7 @@ class ExecutorLoad:
         num_accepted_tokens: Those of them that made a step yield a token more.
         step_s: How long the step that is under way has taken so far; 0 between steps, infinite once the engine's thread
             has died.
+        num_failed_steps: Steps that failed with all their requests, one after the other, up to the latest one.
     """
 
     num_running: int
@@ -78,6 +79,7 @@ class ExecutorLoad:
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     step_s: float = 0.0
+    num_failed_steps: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -236,7 +236,7 @@ class WorkerService:
 
     async def _note_stuck(self) -> None:
         if self._watchdog.is_stuck:
-            text = f"worker {self._identity.worker_id} is stuck in a step of {self._watchdog.step_s:.0f} s"
+            text = f"worker {self._identity.worker_id} {self._watchdog.why_stuck}"
             self._running.give_up(WorkerStuck(text))
             if self._state is WorkerState.READY:
                 self._state = WorkerState.STUCK

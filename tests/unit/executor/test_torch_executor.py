@@ -1,5 +1,6 @@
 """The thread around the engine, with a model that fails."""
 
+import asyncio
 import logging
 import math
 import queue
@@ -20,6 +21,7 @@ from kelp.executor.batching.engine import EngineRules
 from kelp.executor.batching.executor import BatchingExecutor, BatchingExecutorParts
 from kelp.executor.batching.history import SequenceRules
 from kelp.executor.batching.scheduler import SchedulerLimits
+from kelp.worker.self_test import SelfTest
 from support.waiting import wait_until
 
 POISON = 13
@@ -32,6 +34,11 @@ class PoisonedRunner:
         if any(POISON in chunk.tokens for chunk in chunks):
             raise RuntimeError("out of memory")
         return Finished([Sampled(1, -0.1) for chunk in chunks for _ in chunk.samples])
+
+
+class BrokenRunner:
+    def launch(self, chunks: Sequence[Chunk]) -> Finished:
+        raise RuntimeError("an illegal memory access was encountered")
 
 
 class StuckRunner:
@@ -91,6 +98,24 @@ def test_a_failing_step_fails_its_requests_and_the_engine_serves_the_next(execut
     assert isinstance(end_of(executor, "good", 1), Completed)
     load = executor.load()
     assert load.num_free_blocks + load.num_cached_blocks == 8
+
+
+def test_steps_that_failed_one_after_the_other_are_counted_until_a_token_comes(executor):
+    assert executor.load().num_failed_steps == 0
+    for number in range(3):
+        assert isinstance(end_of(executor, f"bad {number}", POISON), Failed)
+    assert executor.load().num_failed_steps == 3
+    assert isinstance(end_of(executor, "good", 1), Completed)
+    assert executor.load().num_failed_steps == 0
+
+
+def test_an_engine_passes_its_own_test_unless_it_fails(executor):
+    assert not asyncio.run(SelfTest(executor).has_failed(WAIT_S))
+    broken = executor_of(BrokenRunner(), SystemClock())
+    try:
+        assert asyncio.run(SelfTest(broken).has_failed(WAIT_S))
+    finally:
+        broken.close()
 
 
 def test_blocks_of_a_failed_step_never_enter_the_prefix_cache(executor):

@@ -10,10 +10,11 @@ import threading
 import pytest
 from worker_rig import LAYOUT, FakeRegistry, completed, open_worker, prefilled, token
 
-from kelp.core.errors import WorkerDraining, WorkerStuck
+from kelp.core.errors import CapacityError, EngineFailed, WorkerDraining, WorkerStuck
 from kelp.core.messages import WORKER_STATUS, DrainCommand
 from kelp.core.types import HandoffShape, Role, WorkerState
 from kelp.core.wire import decode_message
+from kelp.executor.base import ExecutorEvent, Failed
 from kelp.registry.base import LayoutRecord, WorkerRecord
 from kelp.worker import watchdog
 from kelp.worker.presence import Presence
@@ -178,6 +179,54 @@ def test_a_worker_whose_engine_is_beyond_hope_ends_once_its_requests_have_been_g
             num_loads = rig.executor.num_loads
             await until(lambda: bool(seen) or rig.executor.num_loads > num_loads + 5, "its end, or some more looks")
             assert seen[:1] == ([True] if ends else [])
+
+    asyncio.run(scene())
+
+
+def test_a_worker_whose_engine_fails_at_its_own_tests_too_is_stuck_until_one_passes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(watchdog, "_LONGEST_LOOK_S", 0.005)
+
+    async def scene() -> None:
+        async with open_worker() as rig:
+            is_end_asked: list[bool] = []
+            monkeypatch.setattr(watchdog, "_end_process", lambda: is_end_asked.append(True))
+            rig.executor.num_failed_steps = 3
+            for number in range(3):
+                assert states(rig.registry)[-1] is WorkerState.READY
+                await until(lambda number=number: len(rig.executor.requests) > number, "a test of its own")
+                rig.executor.emit(Failed(EngineFailed("engine step failed: a device that has faulted")))
+            await until(lambda: states(rig.registry)[-1] is WorkerState.STUCK, "the record")
+            _, refused = await rig.generate()
+            with pytest.raises(WorkerStuck, match="host:1/decode is stuck"):
+                await refused
+            await until(lambda: len(rig.executor.requests) > 3, "another test")
+            rig.executor.emit(Failed(EngineFailed("engine step failed: a device that has faulted")))
+            await until(lambda: bool(is_end_asked), "its end")
+            await until(lambda: len(rig.executor.requests) > 4, "yet another test")
+            rig.executor.num_failed_steps = 0
+            rig.executor.emit(token(1), completed())
+            await until(lambda: states(rig.registry)[-1] is WorkerState.READY, "the record")
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize(
+    "answer", [[token(1), completed()], [Failed(CapacityError("no room"))]], ids=["passes", "full"]
+)
+def test_a_worker_that_was_served_bad_requests_passes_its_own_test(
+    answer: list[ExecutorEvent], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watchdog, "_LONGEST_LOOK_S", 0.005)
+
+    async def scene() -> None:
+        async with open_worker() as rig:
+            rig.executor.num_failed_steps = 3
+            for number in range(4):
+                await until(lambda number=number: len(rig.executor.requests) > number, "a test of its own")
+                rig.executor.emit(*answer)
+            assert set(states(rig.registry)) == {WorkerState.READY}
 
     asyncio.run(scene())
 

@@ -75,6 +75,7 @@ class FakeExecutor:
         self.is_closed = False
         self.num_draft_tokens = 0
         self.step_s = 0.0
+        self.num_failed_steps = 0
         self.num_loads = 0
 
     def submit(self, request: ExecutorRequest) -> None:
@@ -102,7 +103,15 @@ class FakeExecutor:
         self.num_loads += 1
         num_drafts = self.num_draft_tokens
         return ExecutorLoad(
-            len(self.requests), 0, self.layout.num_blocks, 0, 0, num_drafts, num_drafts // 2, self.step_s
+            num_running=len(self.requests),
+            num_waiting=0,
+            num_free_blocks=self.layout.num_blocks,
+            num_cached_blocks=0,
+            num_preemptions=0,
+            num_draft_tokens=num_drafts,
+            num_accepted_tokens=num_drafts // 2,
+            step_s=self.step_s,
+            num_failed_steps=self.num_failed_steps,
         )
 
     def close(self) -> None:

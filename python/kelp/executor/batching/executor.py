@@ -29,9 +29,11 @@ from kelp.executor.base import (
     ExecutorRequest,
     Failed,
     PoolMemory,
+    Prefilled,
     SealedBlock,
     SealWatch,
     Sink,
+    Tokens,
 )
 from kelp.executor.batching.batch import ModelRunner
 from kelp.executor.batching.drafts import DraftProposer, NgramProposer
@@ -83,6 +85,7 @@ class BatchingExecutor:
         self._num_submitting = 0
         self._is_closed = False
         self._step_began_s: float | None = None
+        self._num_failed_steps = 0
         self._pool = BlockPool(parts.layout.num_blocks)
         self._engine = Engine(parts.runner, self._pool, parts.rules, clock, self._forget, parts.proposer)
         self._thread = threading.Thread(target=self._run, name=ENGINE_THREAD, daemon=True)
@@ -194,7 +197,12 @@ class BatchingExecutor:
         """See `Executor`; requests still in the inbox count as waiting."""
         with self._lock:
             load = self._engine.load()
-            return replace(load, num_waiting=load.num_waiting + self._num_submitting, step_s=self._step_s())
+            return replace(
+                load,
+                num_waiting=load.num_waiting + self._num_submitting,
+                step_s=self._step_s(),
+                num_failed_steps=self._num_failed_steps,
+            )
 
     def close(self) -> None:
         """See `Executor`; idempotent."""
@@ -227,6 +235,8 @@ class BatchingExecutor:
         """A sink of the worker's must not take the engine's thread down."""
 
         def guarded(event: ExecutorEvent) -> None:
+            if self._num_failed_steps and isinstance(event, Tokens | Prefilled):
+                self._num_failed_steps = 0
             try:
                 sink(event)
             except Exception:
@@ -260,6 +270,7 @@ class BatchingExecutor:
                 self._step_began_s = None
             except Exception as error:
                 _log.exception("engine step failed; giving all its requests up")
+                self._num_failed_steps += 1
                 self._engine.fail_all(EngineFailed(f"engine step failed: {error!r}"))
                 self._step_began_s = None
 
