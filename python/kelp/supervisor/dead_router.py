@@ -24,5 +24,6 @@ def free_streams(name: str, server: psutil.Process, say: Say) -> bool:
     except (OSError, psutil.Error) as error:
         say(f"{name} died, and its streams may wait for ever: {error}")
     else:
-        say(f"{name} died, and its streams would wait for ever: {count} connections of clients broken")
+        if count:
+            say(f"{name} died, and its streams would wait for ever: {count} connections of clients broken")
     return False

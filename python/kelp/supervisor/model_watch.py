@@ -143,12 +143,16 @@ class ModelWatch:
         self._backoffs[name].started(started_s)
         self._look_at_s = started_s
         try:
+            had_none = self._instances_of(name).isdisjoint(self._stubs)
             self._control.load(name, self._changed_config(name))
         except KelpError as error:
             self._say(f"{name} did not come back: {_reason(error)}")
-        else:
-            took_s = time.monotonic() - started_s
-            self._say(f"{name} is back ({took_s:.1f} s, restart {self._num_restarts[name]})")
+            return
+        took_s = time.monotonic() - started_s
+        self._say(f"{name} is back ({took_s:.1f} s, restart {self._num_restarts[name]})")
+        if had_none:
+            # What was asked meanwhile waits for the dead process: Triton gives it up one by one, a second each.
+            free_streams(name, self._server, self._say)
 
     def _changed_config(self, name: str) -> dict[str, Any]:
         """The model's own configuration with another number of restarts: Triton loads nothing that is unchanged.

@@ -172,7 +172,7 @@ def test_a_death_that_is_dealt_with_is_none_of_a_former_process(server: PlayedSe
     shift.run(3.0)
     server.kill("llm_0_0")
     shift.run(12.0)
-    assert ([load[1] for load in server.loads], server.freed) == (["llm"], [])
+    assert ([load[1] for load in server.loads], server.freed) == (["llm"], ["llm"]), "freed once, when it is back"
 
 
 def test_after_healthy_times_a_death_is_forgiven(server: PlayedServer, shift: Shift) -> None:
@@ -300,3 +300,24 @@ def test_of_two_supervisors_one_stands_by_until_the_other_has_gone(server: Playe
     assert second.said[1] == "supervising"
     second.watch.close()
     assert list(run_state.user_folder().glob("supervisor-*")) == []
+
+
+def test_what_was_asked_of_a_dead_model_meanwhile_is_freed_when_it_is_back(server: PlayedServer, shift: Shift) -> None:
+    shift.run(3.0)
+    server.kill("llm_0_0")
+    shift.run(1.0)
+    assert server.freed == []
+    shift.run(3.0)
+    assert [name for _, name, _ in server.loads] == ["llm"]
+    assert server.freed == ["llm"]
+
+
+def test_nothing_is_freed_when_others_of_the_model_took_what_was_asked_meanwhile(
+    server: PlayedServer, shift: Shift
+) -> None:
+    server.add("llm", count=2)
+    shift.run(3.0)
+    server.kill("llm_0_1")
+    shift.run(4.0)
+    assert [name for _, name, _ in server.loads] == ["llm"]
+    assert server.freed == []
