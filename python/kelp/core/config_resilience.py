@@ -23,5 +23,5 @@ class WatchdogConfig(Group):
     """A step of the engine that takes longer makes the worker `stuck`: it gives its requests up and gets no new ones
     until the step has ended."""
     end_after_s: Annotated[float, Field(ge=0)] = 300.0
-    """A worker that stays stuck for this long, or at once if its engine's thread has died, ends its own process, for
-    supervision to start it anew; 0 for never."""
+    """A worker that stays stuck for this long, or at once if its engine's thread has died or fails at every step, ends
+    its own process, for supervision to start it anew; 0 for never."""

@@ -62,9 +62,9 @@ class Watchdog:
 
     @property
     def why_stuck(self) -> str:
-        """What is wrong with the engine, to follow its name."""
+        """What is wrong, to follow the engine's name or its worker's."""
         if math.isinf(self.step_s):
-            return "has died" if not self._num_failed_tests else "fails at every step"
+            return "is stuck: every step fails" if self._num_failed_tests else "is stuck: the engine's thread has died"
         return f"is stuck in a step of {self.step_s:.0f} s"
 
     async def _measured_step_s(self) -> float:
