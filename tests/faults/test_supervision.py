@@ -15,12 +15,13 @@ import pytest
 from fault_scenes import require_server
 
 from kelp.registry.directory import RouterDirectory
-from support.llm_client import Answer, ServedError, http_get
+from support.llm_client import Answer, ServedError, http_get, http_post
 from support.serving import CLI, HOST, KelpServer, clean_environment, new_log
 from support.waiting import wait_until
 
 FATAL_TOKEN = 7777
 HANG_TOKEN = 8888
+BREAKING_TOKEN = 9999
 HANG_S = 12.0
 LONG = 300
 EXPIRY_S = 3.0
@@ -30,6 +31,7 @@ SETTINGS: dict[str, object] = {
     "mock.fatal_token_id": FATAL_TOKEN,
     "mock.hang_token_id": HANG_TOKEN,
     "mock.hang_s": HANG_S,
+    "mock.breaking_token_id": BREAKING_TOKEN,
     "watchdog.step_timeout_s": HANG_S / 3,
     "registry.heartbeat_s": 0.5,
     "registry.expiry_s": EXPIRY_S,
@@ -167,6 +169,21 @@ def test_a_worker_whose_engine_hangs_is_left_by_its_requests_and_serves_again_wh
         # It hangs at every worker the first time; the first that goes on serves it.
         assert len(hanging.result(120.0).token_ids) == 4
     wait_until(lambda: states(fleet) == {"ready"}, "all going on", 60.0)
+
+
+def test_a_worker_whose_engine_fails_at_every_step_is_found_out_and_replaced_and_costs_no_other_request(
+    fleet: KelpServer, supervisor: Supervisor
+) -> None:
+    before = epochs(fleet)
+    bad = {"input_ids": [5, BREAKING_TOKEN, 9], "max_tokens": 4, "kelp_worker": "decode_1"}
+    status, body = http_post(f"{fleet.http_url}/v2/models/llm/generate", bad)
+    assert status >= 400 and b"the device has faulted" in body
+    while epochs(fleet).get("decode_1") == before["decode_1"]:
+        assert len(fleet.ask(text_input="Hello", max_tokens=4, ignore_eos=True).token_ids) == 4
+    wait_until(lambda: epochs(fleet).get("decode_1") not in (None, before["decode_1"]), "a new one", BACK_S)
+    wait_until(lambda: states(fleet) == {"ready"}, "all ready", 60.0)
+    after = epochs(fleet)
+    assert {name for name in before if after[name] != before[name]} == {"decode_1"}
 
 
 def states(server: KelpServer) -> set[str]:

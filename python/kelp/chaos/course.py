@@ -1,13 +1,13 @@
 """The course of a run: each fault at its time, and again a little later if nobody was there to be hit.
 
-A kind that nobody has suffered by the end of the schedule is tried on for a while; the load goes on meanwhile. It knows
-neither a fleet nor what the faults are.
+A kind that nobody has suffered by the end of the schedule is tried on for a while; the load goes on meanwhile. While
+nothing hits, spare faults fill the time. It knows neither a fleet nor what the faults are.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
 
 from kelp.chaos.done import Done
@@ -17,6 +17,9 @@ from kelp.core.clock import Clock, SystemClock
 _AGAIN_S = 4.0
 _MAX_TRIES = 3
 _EXTRA_S = 20.0
+_LULL_S = 2.5
+"""Without a fault that has hit, until a spare one comes."""
+_SPARE_AGAIN_S = 0.3
 
 
 class Course:
@@ -43,6 +46,7 @@ class Course:
         self._on_done = on_done
         self._started_s = self._clock.monotonic_s()
         self._end_s = self._started_s + duration_s
+        self._last_hit_s = self._started_s
         self._done_kinds: set[FaultKind] = set()
         self._has_ended = False
 
@@ -51,28 +55,56 @@ class Course:
         """The schedule's time is up, and every fault has ended."""
         return self._has_ended and self._clock.monotonic_s() >= self._end_s
 
-    async def play(self, faults: Sequence[Fault]) -> list[Done]:
-        """Each fault at its time, whether or not the one before has ended; what became of them."""
+    async def play(self, faults: Sequence[Fault], spare: Iterable[Fault] = ()) -> list[Done]:
+        """Each fault at its time, whether or not the one before has ended; what became of them.
+
+        Args:
+            faults: In the order of their times.
+            spare: Done one by one whenever no other has hit for a while, until the schedule's time is up.
+        """
+        filling = asyncio.ensure_future(self._fill_lulls(spare))
         running = []
         try:
             for fault in faults:
                 await self._sleep(max(0.0, self._started_s + fault.at_s - self._clock.monotonic_s()))
                 running.append(asyncio.ensure_future(self._settle(fault)))
-            return list(await asyncio.gather(*running))
+            done = list(await asyncio.gather(*running))
+            return done + await filling
         finally:
+            filling.cancel()
             self._has_ended = True
+
+    async def _fill_lulls(self, spare: Iterable[Fault]) -> list[Done]:
+        hits: list[Done] = []
+        for fault in spare:
+            while (lull_s := self._clock.monotonic_s() - self._last_hit_s) < _LULL_S:
+                await self._sleep(_LULL_S - lull_s)
+            at_s = self._clock.monotonic_s()
+            if at_s >= self._end_s:
+                break
+            done = await self._do(replace(fault, at_s=round(at_s - self._started_s, 3)))
+            if done.is_done:
+                hits.append(replace(done, note=f"{done.note} (in a lull)"))
+                self._note(hits[-1])
+            else:
+                await self._sleep(_SPARE_AGAIN_S)
+        return hits
 
     async def _settle(self, fault: Fault) -> Done:
         num_tries = 1
         while not (done := await self._do(fault)).is_done and self._is_tried_again(fault, num_tries):
             num_tries += 1
             await self._sleep(_AGAIN_S)
-        if done.is_done:
-            self._done_kinds.add(fault.kind)
         if num_tries > 1:
             done = replace(done, note=f"{done.note} (try {num_tries})")
-        self._on_done(done)
+        self._note(done)
         return done
+
+    def _note(self, done: Done) -> None:
+        if done.is_done:
+            self._done_kinds.add(done.fault.kind)
+            self._last_hit_s = max(self._last_hit_s, done.at_s)
+        self._on_done(done)
 
     def _is_tried_again(self, fault: Fault, num_tries: int) -> bool:
         now_s = self._clock.monotonic_s() + _AGAIN_S

@@ -37,6 +37,9 @@ _UNNOTICED_S = 6.0
 _DRAIN_S = 15.0
 _NUM_LEAVING = 4
 _NUM_HURRIED = 6
+_ENDS_SERVER = frozenset({FaultKind.SERVER_KILLED, FaultKind.SERVER_TERMINATED})
+_ENDS_WORKER = _ENDS_SERVER | {FaultKind.WORKER_KILLED, FaultKind.WORKER_STUCK, FaultKind.WORKER_RELOADED}
+_ENDS_FRONT = frozenset({FaultKind.ROUTER_KILLED, FaultKind.ROUTER_RELOADED, FaultKind.FRONT_KILLED})
 
 
 class Injector:
@@ -90,6 +93,8 @@ class Injector:
         try:
             if fault.kind not in self._actions:
                 raise Victimless("the fleet is not ours")
+            await self._await_victim(fault)
+            at_s = time.monotonic()
             note = await self._actions[fault.kind](fault)
         except Victimless as reason:
             return Done(fault, at_s, False, str(reason))
@@ -103,8 +108,13 @@ class Injector:
             raise Victimless("the fleet is not ours")
         return self._fleet
 
+    async def _await_victim(self, fault: Fault) -> None:
+        if fault.kind in _ENDS_WORKER:
+            await self._wait_spare(fault)
+        elif fault.kind in _ENDS_FRONT:
+            await self._wait_front()
+
     async def _kill_worker(self, fault: Fault) -> str:
-        await self._wait_spare(fault)
         phase = fault.phase if fault.phase and await self._wait_phase(fault.target, fault.phase) else None
         stub = self._stub(fault.target)
         stub.kill()
@@ -120,7 +130,6 @@ class Injector:
         return f"{fault.target} ({stub.pid}) for {fault.lasts_s:.1f} s"
 
     async def _stop_engine(self, fault: Fault) -> str:
-        await self._wait_spare(fault)
         stub = self._stub(fault.target)
         thread = find_thread(stub.pid, ENGINE_THREAD)
         if thread is None:
@@ -129,7 +138,6 @@ class Injector:
         return f"thread {thread} of {fault.target} ({stub.pid}) for {fault.lasts_s:.1f} s"
 
     async def _reload_worker(self, fault: Fault) -> str:
-        await self._wait_spare(fault)
         record = self._served.records().get(fault.target)
         server = self._served.server_of(fault.target)
         if record is None or server is None:
@@ -145,7 +153,6 @@ class Injector:
         return f"{fault.target} {status.state}, {status.num_running + status.num_waiting} requests left"
 
     async def _reload_router(self, _: Fault) -> str:
-        await self._wait_front()
         await asyncio.to_thread(self._load_anew, self._served.endpoint, LLM.name)
         return LLM.name
 
@@ -165,31 +172,28 @@ class Injector:
             control.load(model, {**config, "parameters": {**config.get("parameters", {}), **mark}})
 
     async def _kill_server(self, fault: Fault) -> str:
-        server = await self._spare_server(fault)
+        server = self._server(fault)
         server.kill()
         return f"server of {fault.target} ({server.pid})"
 
     async def _terminate_server(self, fault: Fault) -> str:
-        server = await self._spare_server(fault)
+        server = self._server(fault)
         server.terminate()
         return f"server of {fault.target} ({server.pid})"
 
-    async def _spare_server(self, fault: Fault) -> psutil.Process:
-        await self._wait_spare(fault)
+    def _server(self, fault: Fault) -> psutil.Process:
         server = self._served.server_of(fault.target)
         if server is None:
             raise Victimless(f"{fault.target} has no server")
         return server
 
     async def _kill_router(self, _: Fault) -> str:
-        await self._wait_front()
         return self._kill_one(LLM.name)
 
     async def _kill_manager(self, _: Fault) -> str:
         return self._kill_one(KV_BLOCK_MANAGER.name)
 
     async def _kill_front(self, _: Fault) -> str:
-        await self._wait_front()
         server = self._served.servers().get(self._served.grpc_port)
         if server is None:
             raise Victimless("the public server is not there")

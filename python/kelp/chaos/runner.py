@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from kelp.chaos.leaks import SHARED_MEMORY, Footprint, Leak, held, left_after, l
 from kelp.chaos.load import Answered, Load
 from kelp.chaos.questions import DEADLINE_S, MockReference, Questions, RecordedReference, Reference
 from kelp.chaos.report import Report
-from kelp.chaos.schedule import ScheduleSpec, make_schedule
+from kelp.chaos.schedule import ScheduleSpec, make_schedule, spare_faults
 from kelp.chaos.scrape import Increase, read_page
 from kelp.client.grpc import LlmClient
 from kelp.core.errors import ConfigError
@@ -61,6 +61,11 @@ class RunSpec:
     def faults(self) -> tuple[Fault, ...]:
         """What happens; ConfigError for a schedule that makes no sense."""
         return make_schedule(self.schedule) if self.chosen is None else self.chosen
+
+    @property
+    def spare(self) -> Iterable[Fault]:
+        """What happens where nothing else hits; nothing where the faults were chosen."""
+        return spare_faults(self.schedule) if self.chosen is None else ()
 
     @property
     def seed(self) -> int:
@@ -107,7 +112,7 @@ class Run:
         try:
             self._say(f"{len(faults)} faults in {self._spec.schedule.duration_s:.0f} s")
             users = load.run_users(questions, self._spec.num_users, lambda: course.is_over)
-            _, done = await asyncio.gather(users, course.play(faults))
+            _, done = await asyncio.gather(users, course.play(faults, self._spec.spare))
             unhealed = await self._heal()
             await load.ask_all([questions.next() for _ in range(_NUM_PROBES)])
             leaks = await self._look()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ _LASTS_S = {
 _LONG_REGISTRY_S = (60.0, 60.0)
 _LONG_RUN_S = 600.0
 """Runs from here on lose the registry for a minute, every other time."""
+_SPARE = (FaultKind.WORKER_PAUSED, FaultKind.DEADLINE_PASSED, FaultKind.BAD_INPUT)
 _PREFILL_PHASES = (Phase.PREFILLING, Phase.TRANSFERRING)
 
 
@@ -65,6 +67,14 @@ def make_schedule(spec: ScheduleSpec) -> tuple[Fault, ...]:
         faults.append(Fault(round(at_s, 3), kind, _target(rng, spec, kind, phase), phase, _lasts_s(rng, spec, kind)))
         at_s += rng.uniform(_LEAST_GAP, 1.0) / spec.rate_per_s
     return tuple(faults)
+
+
+def spare_faults(spec: ScheduleSpec) -> Iterator[Fault]:
+    """Without end: faults that are soon over and hardly ever lack a victim, for times when those of the schedule do."""
+    rng = random.Random(f"{spec.seed} spare")
+    kinds = [kind for kind in _SPARE if kind in spec.kinds]
+    for kind in itertools.cycle(rng.sample(kinds, len(kinds))):
+        yield Fault(0.0, kind, _target(rng, spec, kind, None), None, _lasts_s(rng, spec, kind))
 
 
 def _turns(rng: random.Random, kinds: Sequence[FaultKind]) -> Iterator[tuple[FaultKind, Phase | None]]:

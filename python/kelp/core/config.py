@@ -133,6 +133,8 @@ class MockConfig(_Group):
     """Computing this token for the first time takes `hang_s`; -1 for none."""
     hang_s: _Positive = 10.0
     """How long."""
+    breaking_token_id: Annotated[int, Field(ge=-1)] = -1
+    """Computing this token fails, and so does every step after it, as with a device that has faulted; -1 for none."""
 
 
 class HandoffConfig(_Group):

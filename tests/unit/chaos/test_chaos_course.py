@@ -29,7 +29,11 @@ class Fleet:
         return Done(fault, now_s, is_done, "hit" if is_done else "nobody there")
 
 
-def played(faults: Sequence[Fault], from_s: float) -> tuple[list[Done], bool, bool]:
+def _time(done: Done) -> float:
+    return done.at_s
+
+
+def played(faults: Sequence[Fault], from_s: float, spare: Sequence[Fault] = ()) -> tuple[list[Done], bool, bool]:
     """What became of them, and whether the run was over before and after."""
     clock = FakeClock()
     told: list[Done] = []
@@ -41,12 +45,12 @@ def played(faults: Sequence[Fault], from_s: float) -> tuple[list[Done], bool, bo
     async def play() -> tuple[list[Done], bool, bool]:
         course = Course(Fleet(clock, from_s).suffer, DURATION_S, told.append, clock, sleep)
         was_over = course.is_over
-        done = await course.play(faults)
+        done = await course.play(faults, spare)
         clock.advance(DURATION_S)
         return done, was_over, course.is_over
 
     result = asyncio.run(play())
-    assert told == result[0]
+    assert sorted(told, key=_time) == sorted(result[0], key=_time)
     return result
 
 
@@ -93,3 +97,18 @@ def test_a_kind_that_was_done_is_not_tried_for_ever() -> None:
     first, second = asyncio.run(play())
     assert first.is_done and not second.is_done
     assert second.note == "nobody there (try 3)"
+
+
+def test_spare_faults_fill_the_time_in_which_nothing_hits() -> None:
+    spare = [Fault(0.0, FaultKind.BAD_INPUT)] * 100
+    done, _, is_over = played([KILL], from_s=6.0, spare=spare)
+    times = [1006.0, *sorted(item.at_s for item in done if item.is_done), 1000.0 + DURATION_S]
+    assert max(later - earlier for earlier, later in zip(times, times[1:], strict=False)) <= 3.0
+    assert all(item.is_done for item in done)
+    assert sum("in a lull" in item.note for item in done) < len(spare)
+    assert is_over
+
+
+def test_spare_faults_that_hit_nobody_are_not_told() -> None:
+    (done,), _, _ = played([KILL], from_s=1000.0, spare=[Fault(0.0, FaultKind.BAD_INPUT)] * 100)
+    assert done.fault.kind is FaultKind.WORKER_KILLED

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
 
 from kelp.chaos.faults import OF_STORE, PHASES, FaultKind, Layout, Phase, kinds_for
-from kelp.chaos.schedule import ScheduleSpec, make_schedule
+from kelp.chaos.schedule import ScheduleSpec, make_schedule, spare_faults
 from kelp.core.errors import ConfigError
 
 SPEC = ScheduleSpec(
@@ -66,3 +67,12 @@ def test_the_compact_layout_has_no_server_to_kill_that_is_a_workers_own() -> Non
 def test_a_schedule_that_makes_no_sense_is_refused(field: str, value: object) -> None:
     with pytest.raises(ConfigError, match=field.split("_")[0]):
         make_schedule(replace(SPEC, **{field: value}))  # type: ignore[arg-type]
+
+
+def test_spare_faults_come_without_end_and_are_kinds_that_the_run_plays() -> None:
+    spare = list(itertools.islice(spare_faults(SPEC), 30))
+    assert len(spare) == 30
+    assert spare == list(itertools.islice(spare_faults(SPEC), 30))
+    assert not list(spare_faults(replace(SPEC, kinds=(FaultKind.WORKER_KILLED,))))
+    paused = [fault for fault in spare if fault.kind is FaultKind.WORKER_PAUSED]
+    assert all(fault.lasts_s < 1 and fault.target in (*SPEC.prefill_workers, *SPEC.decode_workers) for fault in paused)

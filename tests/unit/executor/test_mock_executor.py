@@ -23,7 +23,7 @@ from kelp.executor.batching.batch import Chunk
 from kelp.executor.mock.executor import Delays, MockExecutor
 from kelp.executor.mock.language import EMPTY, next_states
 from kelp.executor.mock.load import load_mock_executor, load_mock_parts
-from kelp.executor.mock.mishaps import Hang, MishapRunner
+from kelp.executor.mock.mishaps import BreakableRunner, Hang, MishapRunner
 from kelp.executor.mock.runner import MockRunner
 from support.waiting import wait_until
 
@@ -190,7 +190,20 @@ def test_an_engine_that_recovers_hangs_once() -> None:
     assert slept == [7.0]
 
 
+def test_an_engine_that_breaks_fails_at_every_step_from_then_on() -> None:
+    launched: list[Sequence[Chunk]] = []
+    runner = BreakableRunner(SimpleNamespace(launch=launched.append), 7)
+    harmless, breaking = (Chunk(np.array(tokens, dtype=np.int32), 0, ()) for tokens in ([1, 2, 17], [3, 7]))
+    runner.launch([harmless])
+    for chunks in ([harmless, breaking], [harmless]):
+        with pytest.raises(RuntimeError, match="faulted"):
+            runner.launch(chunks)
+    assert launched == [[harmless]]
+
+
 def test_without_a_fatal_token_nothing_stands_between_engine_and_runner(folder: Path) -> None:
     assert isinstance(load_mock_parts(folder, executor_config(), MockConfig()).batching.runner, MockRunner)
     for mishap in (MockConfig(fatal_token_id=0), MockConfig(hang_token_id=0)):
         assert isinstance(load_mock_parts(folder, executor_config(), mishap).batching.runner, MishapRunner)
+    breaking = MockConfig(breaking_token_id=0)
+    assert isinstance(load_mock_parts(folder, executor_config(), breaking).batching.runner, BreakableRunner)

@@ -21,7 +21,7 @@ from kelp.executor.mock.drafts import Foresight
 from kelp.executor.mock.executor import MockExecutor
 from kelp.executor.mock.language import Vocabulary
 from kelp.executor.mock.memory import KVMemory, mock_layout
-from kelp.executor.mock.mishaps import Hang, MishapRunner, die
+from kelp.executor.mock.mishaps import BreakableRunner, Hang, MishapRunner, die
 from kelp.executor.mock.pace import Pace, RealPace
 from kelp.executor.mock.runner import MockRunner, Pacing
 from kelp.text.model_files import first_positive_int, read_json
@@ -88,6 +88,8 @@ def load_mock_parts(
         runner = MishapRunner(runner, mock.fatal_token_id, die)
     if mock.hang_token_id >= 0:
         runner = MishapRunner(runner, mock.hang_token_id, Hang(mock.hang_s))
+    if mock.breaking_token_id >= 0:
+        runner = BreakableRunner(runner, mock.breaking_token_id)
     batching = BatchingExecutorParts(
         runner=runner,
         layout=layout,

@@ -43,6 +43,33 @@ class MishapRunner:
 
     def launch(self, chunks: Sequence[Chunk]) -> Launched:
         """See `batch.ModelRunner`."""
-        if any((chunk.tokens == self._token_id).any() for chunk in chunks):
+        if _compute(chunks, self._token_id):
             self._happen()
         return self._runner.launch(chunks)
+
+
+class BreakableRunner:
+    """Computes what another runner does, and fails for ever once it gets a certain token: a device that has faulted.
+
+    See `batch.ModelRunner`.
+    """
+
+    def __init__(self, runner: ModelRunner, token_id: int) -> None:
+        self._runner = runner
+        self._token_id = token_id
+        self._is_broken = False
+
+    def launch(self, chunks: Sequence[Chunk]) -> Launched:
+        """See `batch.ModelRunner`.
+
+        Raises:
+            RuntimeError: It is broken.
+        """
+        self._is_broken = self._is_broken or _compute(chunks, self._token_id)
+        if self._is_broken:
+            raise RuntimeError("the device has faulted")
+        return self._runner.launch(chunks)
+
+
+def _compute(chunks: Sequence[Chunk], token_id: int) -> bool:
+    return any((chunk.tokens == token_id).any() for chunk in chunks)
