@@ -1,8 +1,8 @@
 """`make chaos`: three minutes of every kind of fault on mock workers, in both layouts, as CI runs it.
 
-Status 1 if a token was wrong, a request hung, anything was left behind or did not come back, or fewer than 99.5 % of
-the requests that were not shed were answered; then it says where the fleets' logs are. Nothing here is a measurement,
-and deadlines are such that a machine several times slower passes.
+Status 1 if a token was wrong, a request hung, anything was left behind or did not come back, a kind of fault that the
+machine can do hit nobody, or fewer than 99.5 % of the requests that were not shed were answered; then it says where the
+fleets' logs are. Nothing here is a measurement, and deadlines are such that a machine several times slower passes.
 """
 
 from __future__ import annotations
@@ -56,8 +56,12 @@ def complaints(reports: Sequence[Report]) -> list[str]:
         "hangs": sum(report.num_hangs for report in reports),
         "leaks": sum(len(report.leaks) for report in reports),
         "parts that did not come back": sum(len(report.unhealed) for report in reports),
+        "warnings at the stop": sum(len(report.warnings) for report in reports),
     }
     found = [f"{count} {what}" for what, count in counts.items() if count]
+    done = {item.fault.kind for report in reports for item in report.faults if item.is_done}
+    if missed := {kind.value for report in reports for kind in report.kinds_not_done if kind not in done}:
+        found.append(f"kinds of fault that hit nobody: {', '.join(sorted(missed))}")
     if completed < _LEAST_SHARE * asked or not asked:
         found.append(f"{completed} of {asked} requests completed, fewer than {_LEAST_SHARE:.1%}")
     return found

@@ -1,10 +1,10 @@
 """How long streams stand still when their decode worker's server is killed, against the cold TTFT of their prompts.
 
 A kill makes several streams resume at once, so the cold prompts are asked at once, too, as many as there are streams;
-what one alone takes is printed beside it.
+what one alone takes is printed beside it, and is what a stream that is alone is compared with.
 
-Twice: where nobody else has anything of the prompts' KV (no prefill worker, no block manager, every prompt its own
-salt), and where the prefill worker and the block manager have it, as usual.
+Where nobody else has anything of the prompts' KV (no prefill worker, no block manager, every prompt its own salt), with
+several streams and with one, and where the prefill worker and the block manager have it, as usual.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from perf.stats import Pair, median, paired_ratio, percentile
 from perf.suite import BenchError
 
 WORKER_KILL = "worker_kill"
-_NUM_STREAMS = 6
 _NUM_TOKENS = 150
 _NUM_DRAWN = 4
 """Prompts, of which the longest is asked."""
@@ -43,11 +42,12 @@ _NUM_ROUNDS, _NUM_LONG_ROUNDS = 5, 10
 
 @dataclass(frozen=True, slots=True)
 class _Case:
-    """A fleet, and how many cold TTFTs its streams may stand still."""
+    """A fleet, how many streams it has, and how many cold TTFTs they may stand still."""
 
     name: str
     fleet: FleetSpec
     most: float
+    num_streams: int = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +64,10 @@ class _Round:
     num_failed: int
 
 
+_UNCACHED = FleetSpec(Layout.ISOLATED, num_prefill=0, settings={**quick_settings("mock"), MANAGER_SETTING: "false"})
 _CASES = (
-    _Case(
-        "resume",
-        FleetSpec(Layout.ISOLATED, num_prefill=0, settings={**quick_settings("mock"), MANAGER_SETTING: "false"}),
-        2.0,
-    ),
+    _Case("resume", _UNCACHED, 2.0),
+    _Case("resume_alone", _UNCACHED, 2.0, num_streams=1),
     _Case("resume_cached", FleetSpec(Layout.ISOLATED, settings=quick_settings("mock")), 1.0),
 )
 REQUIRED = (
@@ -80,11 +78,11 @@ REQUIRED = (
 
 
 def run(reporter: Reporter, is_long: bool) -> None:
-    """Kill one decode worker's server under six streams, again and again."""
+    """Kill the server of a decode worker under its streams, again and again."""
     num_failed = 0
     for case in _CASES:
         with serving(case.fleet) as fleet:
-            rounds = asyncio.run(_rounds(fleet, _NUM_LONG_ROUNDS if is_long else _NUM_ROUNDS, reporter))
+            rounds = asyncio.run(_rounds(fleet, case, _NUM_LONG_ROUNDS if is_long else _NUM_ROUNDS, reporter))
         num_failed += sum(item.num_failed for item in rounds)
         _report(reporter, case, rounds)
     reporter.add(none_allowed(WORKER_KILL, "failed", num_failed))
@@ -107,13 +105,15 @@ def _report(reporter: Reporter, case: _Case, rounds: list[_Round]) -> None:
         within = found or paired_ratio([Pair(value, cold)] * _NUM_ROUNDS, is_lower_better=True)
         comparison = Comparison("cold TTFT", cold * _MS, within, 1.0 / case.most)
         reporter.add(Measurement(WORKER_KILL, f"{case.name}_{name}/cold-ttft", "ms", value * _MS, comparison))
+    if case.num_streams == 1:
+        return
     lone = [Pair(pair.value, item.lone_s) for pair, item in zip(typical, (r for r in rounds if r.pairs), strict=True)]
     typical_s, lone_s = median([pair.value for pair in lone]), median([pair.reference for pair in lone])
     comparison = Comparison("cold TTFT, alone", lone_s * _MS, paired_ratio(lone, is_lower_better=True))
     reporter.add(Measurement(WORKER_KILL, f"{case.name}_p50/lone-cold-ttft", "ms", typical_s * _MS, comparison))
 
 
-async def _rounds(fleet: ServedFleet, num_rounds: int, reporter: Reporter) -> list[_Round]:
+async def _rounds(fleet: ServedFleet, case: _Case, num_rounds: int, reporter: Reporter) -> list[_Round]:
     client = LlmClient(fleet.endpoint)
     load = Load(client, MockReference(fleet.spec.model_folder), _SLACK_S)
     questions, killed = Questions(1, 50), set[str]()
@@ -121,12 +121,11 @@ async def _rounds(fleet: ServedFleet, num_rounds: int, reporter: Reporter) -> li
         found = []
         for number in range(num_rounds):
             await _wait_whole(fleet, killed)
-            streams = [_long(questions, f"round {number} {index}") for index in range(_NUM_STREAMS)]
+            streams = [_long(questions, f"round {number} {index}") for index in range(case.num_streams)]
             lone = await load.ask(_cold(streams[0], "alone"))
             cold = await load.ask_all([_cold(question, "together") for question in streams])
-            victim = fleet.spec.decode_workers[number % len(fleet.spec.decode_workers)]
-            killed.add(fleet.records()[victim].epoch)
-            answers = await _kill(fleet, load, victim, streams)
+            answers = await _kill(fleet, load, streams)
+            killed.add(answers.epoch)
             pairs = tuple(
                 Pair(gap_s, first.token_times_s[0] - first.started_s)
                 for first, gap_s in zip(cold, answers.gaps_s, strict=True)
@@ -141,7 +140,9 @@ async def _rounds(fleet: ServedFleet, num_rounds: int, reporter: Reporter) -> li
                 reporter.say(f"({judgement.outcome.value} {judgement.code}: {judgement.text[:120]})")
             load.troubles.clear()
             told = ", ".join(f"{pair.value * _MS:.0f} ({pair.reference * _MS:.0f})" for pair in pairs)
-            reporter.say(f"(round {number}: {victim}, streams stood still (cold TTFT) for ms: {told or 'none moved'})")
+            reporter.say(
+                f"(round {number}: {answers.victim}, streams stood still (cold TTFT) for ms: {told or 'none moved'})"
+            )
         return found
     finally:
         await client.close()
@@ -151,27 +152,40 @@ async def _rounds(fleet: ServedFleet, num_rounds: int, reporter: Reporter) -> li
 class _Answers:
     """Of the streams of a round, and how long each that the worker had stood still; None for the others."""
 
+    victim: str
+    epoch: str
     answered: list[Answered]
     gaps_s: list[float | None]
 
 
-async def _kill(fleet: ServedFleet, load: Load, victim: str, questions: list[Question]) -> _Answers:
-    server, workers = fleet.server_of(victim), fleet.worker_client()
-    if server is None:
-        raise BenchError(f"{victim} has no server")
+async def _kill(fleet: ServedFleet, load: Load, questions: list[Question]) -> _Answers:
     asking = [asyncio.ensure_future(load.ask(question)) for question in questions]
     await asyncio.sleep(_KILL_AFTER_S)
-    try:
-        status = await fleet.status(victim, workers)
-    finally:
-        await workers.close()
+    victim, num_running = await _busiest(fleet)
+    epoch, server = fleet.records()[victim].epoch, fleet.server_of(victim)
+    if server is None:
+        raise BenchError(f"{victim} has no server")
     killed_s = time.monotonic()
     server.kill()
     answered = list(await asyncio.gather(*asking))
     gaps_s = [standstill_s(item.token_times_s, killed_s) for item in answered]
     # A stream does not say where it was before; as many as the worker had are those that stood still longest.
-    longest_s = sorted(gaps_s, reverse=True)[: status.num_running if status is not None else 0]
-    return _Answers(answered, [gap_s if gap_s in longest_s and gap_s > 0 else None for gap_s in gaps_s])
+    longest_s = sorted(gaps_s, reverse=True)[:num_running]
+    return _Answers(victim, epoch, answered, [gap_s if gap_s in longest_s and gap_s > 0 else None for gap_s in gaps_s])
+
+
+async def _busiest(fleet: ServedFleet) -> tuple[str, int]:
+    """The decode worker that has most streams, and how many."""
+    workers = fleet.worker_client()
+    try:
+        statuses = [(name, await fleet.status(name, workers)) for name in fleet.spec.decode_workers]
+    finally:
+        await workers.close()
+    running = {name: status.num_running for name, status in statuses if status is not None}
+    if not running:
+        raise BenchError("no decode worker answers")
+    victim = max(running, key=lambda name: running[name])
+    return victim, running[victim]
 
 
 def standstill_s(times_s: tuple[float, ...], moment_s: float) -> float:

@@ -69,7 +69,7 @@ def test_a_pinned_worker_serves_and_an_unknown_one_is_refused(served: KelpServer
         assert worker_of(generate(served, text_input="pinned", kelp_worker=name)) == name
     with pytest.raises(ServedError) as caught:
         generate(served, text_input="pinned", kelp_worker="decode_77")
-    assert caught.value.code == "OVERLOADED"
+    assert caught.value.code == "NO_WORKER"
     with pytest.raises(ServedError) as caught:
         generate(served, text_input="tagged", kelp_require_tags="zone")
     assert caught.value.code == "INVALID_ARGUMENT"

@@ -16,10 +16,10 @@ from kelp.core.clock import Clock, SystemClock
 
 _AGAIN_S = 4.0
 _MAX_TRIES = 3
-_EXTRA_S = 20.0
+_EXTRA_S = 60.0
 _LULL_S = 2.5
 """Without a fault that has hit, until a spare one comes."""
-_SPARE_AGAIN_S = 0.3
+_LOOK_S = 0.3
 
 
 class Course:
@@ -47,6 +47,7 @@ class Course:
         self._started_s = self._clock.monotonic_s()
         self._end_s = self._started_s + duration_s
         self._last_hit_s = self._started_s
+        self._begun_s = [self._started_s]
         self._done_kinds: set[FaultKind] = set()
         self._has_ended = False
 
@@ -75,24 +76,34 @@ class Course:
             self._has_ended = True
 
     async def _fill_lulls(self, spare: Iterable[Fault]) -> list[Done]:
-        hits: list[Done] = []
-        for fault in spare:
-            while (lull_s := self._clock.monotonic_s() - self._last_hit_s) < _LULL_S:
-                await self._sleep(_LULL_S - lull_s)
-            at_s = self._clock.monotonic_s()
-            if at_s >= self._end_s:
-                break
-            done = await self._do(replace(fault, at_s=round(at_s - self._started_s, 3)))
-            if done.is_done:
-                hits.append(replace(done, note=f"{done.note} (in a lull)"))
-                self._note(hits[-1])
-            else:
-                await self._sleep(_SPARE_AGAIN_S)
-        return hits
+        filling = []
+        try:
+            for fault in spare:
+                while (lull_s := self._clock.monotonic_s() - max(self._last_hit_s, *self._begun_s)) < _LULL_S:
+                    await self._sleep(min(_LULL_S - lull_s, _LOOK_S))
+                if self._clock.monotonic_s() >= self._end_s:
+                    break
+                filling.append(asyncio.ensure_future(self._fill(fault)))
+                await self._sleep(_LOOK_S)
+            return [done for done in await asyncio.gather(*filling) if done.is_done]
+        finally:
+            for one in filling:
+                one.cancel()
+
+    async def _fill(self, fault: Fault) -> Done:
+        """As long as it is under way it counts as one that hits: where no server is up that takes a while to show."""
+        at_s = self._clock.monotonic_s()
+        self._begun_s.append(at_s)
+        done = await self._do(replace(fault, at_s=round(at_s - self._started_s, 3)))
+        self._begun_s.remove(at_s)
+        if done.is_done:
+            done = replace(done, note=f"{done.note} (in a lull)")
+            self._note(done)
+        return done
 
     async def _settle(self, fault: Fault) -> Done:
         num_tries = 1
-        while not (done := await self._do(fault)).is_done and self._is_tried_again(fault, num_tries):
+        while self._is_tried_again(done := await self._do(fault), num_tries):
             num_tries += 1
             await self._sleep(_AGAIN_S)
         if num_tries > 1:
@@ -106,8 +117,10 @@ class Course:
             self._last_hit_s = max(self._last_hit_s, done.at_s)
         self._on_done(done)
 
-    def _is_tried_again(self, fault: Fault, num_tries: int) -> bool:
+    def _is_tried_again(self, done: Done, num_tries: int) -> bool:
+        if done.is_done or not done.is_possible:
+            return False
         now_s = self._clock.monotonic_s() + _AGAIN_S
-        if fault.kind in self._done_kinds:
+        if done.fault.kind in self._done_kinds:
             return num_tries < _MAX_TRIES and now_s < self._end_s
         return now_s < self._end_s + _EXTRA_S

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 
 import psutil
 
-from kelp.chaos.done import Done, Victimless
+from kelp.chaos.done import Done, Impossible, Victimless
 from kelp.chaos.faults import Fault, FaultKind, Layout, Phase
 from kelp.chaos.fleet import ServedFleet
 from kelp.chaos.fleet_spec import usual_burst
@@ -92,12 +92,12 @@ class Injector:
         at_s = time.monotonic()
         try:
             if fault.kind not in self._actions:
-                raise Victimless("the fleet is not ours")
+                raise Impossible("the fleet is not ours")
             await self._await_victim(fault)
             at_s = time.monotonic()
             note = await self._actions[fault.kind](fault)
         except Victimless as reason:
-            return Done(fault, at_s, False, str(reason))
+            return Done(fault, at_s, False, str(reason), not isinstance(reason, Impossible))
         except (psutil.Error, OSError, KelpError) as error:
             return Done(fault, at_s, False, f"{type(error).__name__}: {error}".partition("\n")[0])
         return Done(fault, at_s, True, note)
@@ -105,20 +105,21 @@ class Injector:
     @property
     def _served(self) -> ServedFleet:
         if self._fleet is None:
-            raise Victimless("the fleet is not ours")
+            raise Impossible("the fleet is not ours")
         return self._fleet
 
     async def _await_victim(self, fault: Fault) -> None:
         if fault.kind in _ENDS_WORKER:
             await self._wait_spare(fault)
+            if fault.kind is FaultKind.WORKER_KILLED and fault.phase is not None:
+                await self._wait_phase(fault.target, fault.phase)
         elif fault.kind in _ENDS_FRONT:
             await self._wait_front()
 
     async def _kill_worker(self, fault: Fault) -> str:
-        phase = fault.phase if fault.phase and await self._wait_phase(fault.target, fault.phase) else None
         stub = self._stub(fault.target)
         stub.kill()
-        return f"{fault.target} ({stub.pid}) {phase.value if phase else 'at any time'}"
+        return f"{fault.target} ({stub.pid}) {fault.phase.value if fault.phase else 'at any time'}"
 
     async def _pause_worker(self, fault: Fault) -> str:
         stub = self._stub(fault.target)
@@ -275,14 +276,15 @@ class Injector:
             name not in missing and name != worker for name in self._served.spec.decode_workers
         )
 
-    async def _wait_phase(self, worker: str, phase: Phase) -> bool:
+    async def _wait_phase(self, worker: str, phase: Phase) -> None:
         deadline_s = time.monotonic() + _PHASE_WAIT_S
         while time.monotonic() < deadline_s:
             status = await self._served.status(worker, self._workers)
             if status is not None and is_in(phase, status):
-                return True
+                return
             await asyncio.sleep(_POLL_S)
-        return False
+        self._gone_until_s.pop(worker, None)
+        raise Victimless(f"{worker} has not been {phase.value} for {_PHASE_WAIT_S:.0f} s")
 
 
 def is_in(phase: Phase, status: WorkerStatus) -> bool:

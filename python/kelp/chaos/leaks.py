@@ -21,7 +21,7 @@ class Leak:
     """Something that should not be there.
 
     Attributes:
-        kind: `blocks`, `leases`, `slots`, `queue`, `process`, `file`, `shared-memory` or `port`.
+        kind: `blocks`, `leases`, `slots`, `queue`, `manager`, `process`, `file`, `shared-memory` or `port`.
     """
 
     kind: str

@@ -162,6 +162,7 @@ class Load:
             is_hung=is_hung,
             num_asked=len(calls),
             is_unreached=error is not None and error.is_connection,
+            has_begun=any(call.num_tokens for call in calls),
         )
         judgement = judge(question.expectation, expected, seen)
         before = sum(

@@ -31,6 +31,8 @@ class Report:
         started_s: `time.monotonic()` at the start of the load.
         troubles: The first requests that failed, were wrong or hung.
         unhealed: Parts of the fleet that were not back at the end.
+        warnings: What went wrong when the fleet was stopped.
+        ended_s: When the schedule's time was up.
     """
 
     options: dict[str, Any]
@@ -42,6 +44,7 @@ class Report:
     leaks: Sequence[Leak] = ()
     unhealed: Sequence[str] = ()
     warnings: Sequence[str] = ()
+    ended_s: float | None = None
 
     @property
     def num_hangs(self) -> int:
@@ -50,20 +53,32 @@ class Report:
 
     @property
     def is_clean(self) -> bool:
-        """No wrong token, no hang, no leak, nothing failed, everything back."""
+        """No wrong token, no hang, no leak, nothing failed, everything back and stopped in order."""
         bad = (Outcome.FAILED, Outcome.WRONG, Outcome.HUNG)
-        return not any(self.tally.outcomes[outcome] for outcome in bad) and not self.leaks and not self.unhealed
+        return not any(self.tally.outcomes[outcome] for outcome in bad) and not self.num_left_behind
+
+    @property
+    def num_left_behind(self) -> int:
+        """Leaks, parts that did not come back, and what went wrong at the stop."""
+        return len(self.leaks) + len(self.unhealed) + len(self.warnings)
 
     @property
     def kinds_not_done(self) -> tuple[FaultKind, ...]:
-        """Kinds of fault that were tried, and have hit nobody."""
+        """Kinds of fault that were tried, could have hit somebody, and have hit nobody."""
         done = {item.fault.kind for item in self.faults if item.is_done}
-        return tuple(sorted({item.fault.kind for item in self.faults} - done))
+        return tuple(sorted({item.fault.kind for item in self.faults if item.is_possible} - done))
+
+    @property
+    def kinds_impossible(self) -> tuple[FaultKind, ...]:
+        """Kinds that this machine or this fleet knows no way to do."""
+        return tuple(sorted({item.fault.kind for item in self.faults if not item.is_possible}))
 
     @property
     def longest_gap_s(self) -> float:
-        """From the start or a fault that was done to the next one."""
+        """From the start or a fault that was done to the next one, or to the end of the schedule."""
         times = sorted([self.started_s, *(item.at_s for item in self.faults if item.is_done)])
+        if self.ended_s is not None:
+            times.append(max(self.ended_s, times[-1]))
         return max((later - earlier for earlier, later in zip(times, times[1:], strict=False)), default=0.0)
 
     def extended(self, leaks: Sequence[Leak], warnings: Sequence[str]) -> Report:
@@ -86,6 +101,7 @@ class Report:
             "unhealed": list(self.unhealed),
             "warnings": list(self.warnings),
             "kinds_not_done": [kind.value for kind in self.kinds_not_done],
+            "kinds_impossible": [kind.value for kind in self.kinds_impossible],
             "longest_gap_s": round(self.longest_gap_s, 3),
             "faults": [self._fault(done) for done in self.faults],
             "troubles": [self._trouble(answered) for answered in self.troubles],

@@ -13,13 +13,14 @@ from typing import Any
 import psutil
 
 from kelp.chaos.course import Course
-from kelp.chaos.done import Done
+from kelp.chaos.done import Done, Victimless
 from kelp.chaos.faults import CLIENT_SIDE, Fault
 from kelp.chaos.fleet import ServedFleet
 from kelp.chaos.fleet_spec import HOST, FleetSpec
 from kelp.chaos.injector import Injector
 from kelp.chaos.leaks import SHARED_MEMORY, Footprint, Leak, held, left_after, left_in_life, take_footprint
 from kelp.chaos.load import Answered, Load
+from kelp.chaos.manager_desk import ManagerDesk
 from kelp.chaos.questions import DEADLINE_S, MockReference, Questions, RecordedReference, Reference
 from kelp.chaos.report import Report
 from kelp.chaos.schedule import ScheduleSpec, make_schedule, spare_faults
@@ -120,7 +121,10 @@ class Run:
             watching.cancel()
             await injector.close()
             await client.close()
-        return Report(options, load.tally, round(self._retries.total), started_s, done, load.troubles, leaks, unhealed)
+        return Report(
+            options, load.tally, round(self._retries.total), started_s, done, load.troubles, leaks, unhealed,
+            ended_s=started_s + self._spec.schedule.duration_s,
+        )  # fmt: skip
 
     async def _known(self, client: LlmClient, questions: Questions) -> Reference:
         if self._reference is not None:
@@ -162,6 +166,7 @@ class Run:
                 names = list(self._fleet.records())
                 leaks = held({name: await self._fleet.status(name, workers) for name in names})
                 leaks += await asyncio.to_thread(_queued, self._fleet)
+                leaks += await _held_by_manager(self._fleet)
                 leaks += left_in_life(await asyncio.to_thread(footprint_of, self._fleet), self.seen_memory)
                 if not leaks or time.monotonic() > deadline_s:
                     return leaks
@@ -194,6 +199,18 @@ def _queued(fleet: ServedFleet) -> list[Leak]:
     page = read_page(f"http://{HOST}:{fleet.metrics_port}/metrics")
     count = round(page.get(QUEUE_LENGTH.name, 0))
     return [Leak("queue", f"{count} requests in the router's queue")] if count else []
+
+
+async def _held_by_manager(fleet: ServedFleet) -> list[Leak]:
+    if not fleet.spec.has_manager:
+        return []
+    desk = ManagerDesk(fleet)
+    try:
+        return [Leak("manager", f"{what}: {count:.0f}") for what, count in (await desk.held()).items()]
+    except Victimless as error:
+        return [Leak("process", str(error))]
+    finally:
+        await desk.close()
 
 
 def left_behind(fleet: ServedFleet, seen_memory: set[str]) -> list[Leak]:

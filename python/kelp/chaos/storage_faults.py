@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from kelp.chaos.done import Victimless
+from kelp.chaos.done import Impossible, Victimless
 from kelp.chaos.faults import OF_STORE, Fault, FaultKind
 from kelp.chaos.fleet import ServedFleet
 from kelp.chaos.room import Room
@@ -54,7 +54,7 @@ class StorageFaults:
     async def _break_store(self, fault: Fault) -> str:
         relay = self._fleet.store_relay
         if relay is None:
-            raise Victimless("there is no object store")
+            raise Impossible("there is no object store")
         before = relay.num_hit
         await relay.suffer(fault.kind, fault.lasts_s)
         if relay.num_hit == before:
@@ -64,7 +64,7 @@ class StorageFaults:
     @property
     def _room(self) -> Room:
         if self._fleet.room is None:
-            raise Victimless(self._fleet.no_room)
+            raise Impossible(self._fleet.no_room)
         return self._fleet.room
 
 

@@ -11,7 +11,7 @@ import random
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from kelp.chaos.done import Victimless
+from kelp.chaos.done import Impossible, Victimless
 from kelp.chaos.faults import Fault, FaultKind
 from kelp.chaos.fleet import ServedFleet
 from kelp.chaos.load import Load
@@ -73,7 +73,7 @@ class TierFaults:
     async def _corrupt_store(self, fault: Fault) -> str:
         relay = self._fleet.store_relay
         if relay is None:
-            raise Victimless("there is no object store")
+            raise Impossible("there is no object store")
         before, damaged_before = relay.num_spoiled, await self._desk.num_damaged(Tier.OBJECT)
         suffering = asyncio.ensure_future(relay.suffer(fault.kind, fault.lasts_s))
         try:

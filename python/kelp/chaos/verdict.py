@@ -48,6 +48,7 @@ class Seen:
         is_hung: It had not ended some seconds after its deadline.
         num_asked: Calls that it took: a client asks again when the connection breaks.
         is_unreached: The last of them reached nobody.
+        has_begun: One of them has brought a token: what has begun is not shed any more, it fails.
     """
 
     tokens: Mapping[int, Sequence[int]]
@@ -56,6 +57,7 @@ class Seen:
     is_hung: bool = False
     num_asked: int = 1
     is_unreached: bool = False
+    has_begun: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,7 @@ def _outcome(expectation: Expectation, seen: Seen) -> Outcome:
         return Outcome.HUNG
     if expectation is Expectation.REFUSAL:
         return Outcome.REFUSED if seen.code in REFUSAL_CODES or _TRITONS_REFUSAL in seen.text else Outcome.FAILED
-    if seen.code == _SHED_CODE:
+    if seen.code == _SHED_CODE and not seen.has_begun:
         return Outcome.SHED
     if expectation is Expectation.DEADLINE and (seen.code == _DEADLINE_CODE or seen.is_unreached):
         return Outcome.EXPIRED

@@ -8,6 +8,7 @@
     ├── NotFound
     ├── ConfigError
     ├── CapacityError
+    │   └── NoWorker
     ├── TransferError
     │   ├── RetryableTransferError
     │   └── FatalTransferError
@@ -119,6 +120,13 @@ class CapacityError(KelpError):
     grpc_status = "RESOURCE_EXHAUSTED"
     triton_code = "UNAVAILABLE"
     is_retryable = True
+
+
+class NoWorker(CapacityError):
+    """Nobody is there to do the work: workers have gone, or none has what is demanded; nothing is too busy."""
+
+    code = "NO_WORKER"
+    grpc_status = "UNAVAILABLE"
 
 
 class TransferError(KelpError):

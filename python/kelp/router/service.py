@@ -235,7 +235,7 @@ def _advised(error: KelpError) -> KelpError:
     """Whoever is shed hears when to come again, also where no queue had to do with it."""
     if not isinstance(error, CapacityError) or RETRY_AFTER in error.text:
         return error
-    return CapacityError(f"{error.text}; {advice(0.0)}")
+    return type(error)(f"{error.text}; {advice(0.0)}")
 
 
 def _sampling(asked: SamplingParams, prepared: Prepared) -> SamplingParams:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,10 +49,26 @@ def make_report(*judgements: Judgement, leaks: tuple[Leak, ...] = (), unhealed: 
         (make_report(Judgement(Outcome.HUNG)), False),
         (make_report(leaks=(Leak("blocks", "decode holds 1"),)), False),
         (make_report(unhealed=("decode",)), False),
+        (make_report().extended((), ("kelp serve ended with SIGKILL",)), False),
     ],
 )
 def test_a_run_is_clean_only_if_nothing_came_of_it(report: Report, is_clean: bool) -> None:
     assert report.is_clean is is_clean
+
+
+def test_the_time_after_the_last_fault_counts_as_a_gap() -> None:
+    report = make_report()
+    assert (report.longest_gap_s, replace(report, ended_s=9.1).longest_gap_s) == (1.1, 8.0)
+
+
+def test_what_cannot_be_done_here_is_no_kind_that_found_nobody() -> None:
+    full, gone = Fault(1.0, FaultKind.DISK_FULL), Fault(2.0, FaultKind.STORE_GONE)
+    faults = [
+        Done(full, 1.0, False, "needs root", is_possible=False),
+        Done(gone, 2.0, False, "nothing was asked of it"),
+    ]
+    report = replace(make_report(), faults=faults)
+    assert (report.kinds_not_done, report.kinds_impossible) == ((FaultKind.STORE_GONE,), (FaultKind.DISK_FULL,))
 
 
 def test_the_report_names_seed_faults_failures_and_leaks() -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from perf.resilience.gate import complaints
 
+from kelp.chaos.done import Done
+from kelp.chaos.faults import Fault, FaultKind
 from kelp.chaos.leaks import Leak
 from kelp.chaos.report import Report
 from kelp.chaos.verdict import Judgement, Outcome, Tally
@@ -48,3 +52,16 @@ def test_nothing_is_wrong_with_a_thousandth_failed_and_any_number_shed(reports: 
 def test_what_must_not_be_is_named(reports: list[Report], word: str) -> None:
     (complaint,) = complaints(reports)
     assert word in complaint
+
+
+def test_a_kind_of_fault_has_to_hit_somebody_in_one_of_the_runs_unless_the_machine_cannot_do_it() -> None:
+    kill, full = Fault(1.0, FaultKind.MANAGER_KILLED), Fault(2.0, FaultKind.DISK_FULL)
+    missed = [Done(kill, 1.0, False, "nobody"), Done(full, 2.0, False, "needs root", is_possible=False)]
+    without, beside = replace(make_report(500), faults=missed), make_report(500)
+    assert complaints([without, beside]) == ["kinds of fault that hit nobody: manager-killed"]
+    assert complaints([without, replace(beside, faults=[Done(kill, 1.0, True, "hit")])]) == []
+
+
+def test_a_server_that_does_not_stop_in_order_is_named() -> None:
+    (complaint,) = complaints([make_report(500).extended((), ("kelp serve ended with SIGKILL",))])
+    assert "1 warnings at the stop" in complaint

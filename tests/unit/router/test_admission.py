@@ -11,7 +11,7 @@ from router_rig import Desk, FakeWorkers, open_desk, prefill_record, record
 
 from kelp.core.clock import FakeClock
 from kelp.core.config_replicas import QueueConfig
-from kelp.core.errors import CapacityError
+from kelp.core.errors import CapacityError, NoWorker
 from kelp.core.metrics import QUEUE_WAIT, Metrics
 from kelp.registry.base import WorkerRecord
 from kelp.router.decision.request import RoutingRequest
@@ -231,6 +231,21 @@ def test_a_request_whose_deadline_passes_in_the_queue_is_refused_before_it() -> 
     play(scene)
 
 
+def test_a_request_that_has_waited_for_longer_than_its_first_token_may_take_is_refused() -> None:
+    async def scene() -> None:
+        counter = Counter(ttft_target_s=1.0)
+        await counter.ask("1")
+        late = await counter.ask("2")
+        await counter.pass_time(0.9)
+        assert not late.done()
+        await counter.pass_time(0.5)
+        with pytest.raises(CapacityError, match="queue.ttft_target_s: it can no longer be met.*Retry-After"):
+            await late
+        assert counter.desk.admission.num_waiting == 0
+
+    play(scene)
+
+
 def test_a_cancelled_request_leaves_the_queue() -> None:
     async def scene() -> None:
         counter = Counter()
@@ -303,7 +318,7 @@ def test_all_who_wait_are_refused_once_nobody_is_left_to_wait_for() -> None:
         counter.workers.known.clear()
         counter.desk.placer.update()
         await settle()
-        assert [type(task.exception()) for task in waiting] == [CapacityError] * 20
+        assert [type(task.exception()) for task in waiting] == [NoWorker] * 20
 
     play(scene)
 

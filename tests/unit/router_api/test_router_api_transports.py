@@ -109,15 +109,15 @@ def test_without_a_token_everybody_is_let_in() -> None:
 def test_errors_arrive_typed_on_both_transports() -> None:
     async def use(ports: Ports) -> None:
         status, answer = await post(ports.http, "select", request_id="r", token_ids=[1])
-        assert (status, answer["error"]["code"]) == (503, "KELP_OVERLOADED")
+        assert (status, answer["error"]["code"]) == (503, "KELP_NO_WORKER")
         status, answer = await post(ports.http, "select", request_id="r", token_ids=[1], max_tokens=0)
         assert (status, answer["error"]["code"]) == (400, "KELP_INVALID_ARGUMENT")
         assert "max_tokens" in answer["error"]["message"]
         status, answer = await post(ports.http, "guess")
         assert status == 404
-        with pytest.raises(grpc.aio.AioRpcError, match="KELP_OVERLOADED") as refused:
+        with pytest.raises(grpc.aio.AioRpcError, match="KELP_NO_WORKER") as refused:
             await rpc(ports.grpc, "select", request_id="r", token_ids=[1])
-        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
 
     serve(use)
 

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from kelp.core.config import PolicyName, RoutingConfig
-from kelp.core.errors import CapacityError
+from kelp.core.errors import NoWorker
 from kelp.core.types import Role, WorkerKey
 from kelp.router.decision.costs import CostModel, Costs, as_decoder, missing_blocks
 from kelp.router.decision.disaggregation import Ways, Weights, pays
@@ -115,7 +115,7 @@ class Chooser:
         """Choose for one request.
 
         Raises:
-            CapacityError: See `Selector.select`.
+            NoWorker: See `Selector.select`.
         """
         costs = self._estimate(question, self._decoders(question))
         if self._is_aggregated(question):
@@ -125,7 +125,7 @@ class Chooser:
         prefillers = self._prefillers(question, int(costs.slots[decode]))
         if not len(prefillers.slots):
             if self._disaggregation == "always":
-                raise CapacityError("no prefill worker is ready that fits the decode worker's KV layout")
+                raise NoWorker("no prefill worker is ready that fits the decode worker's KV layout")
             return self._aggregated(question, costs, "aggregated: no prefill worker is ready that fits")
         prefill_costs = self._estimate(question, prefillers)
         prefill = self._policy(self._prefill, question).choose(prefill_costs, self._rng)
@@ -144,7 +144,7 @@ class Chooser:
     def _decoders(self, question: Question) -> Candidates:
         ready, pin = self._fleet.decoders, question.request.pinned_worker
         if not len(ready.slots):
-            raise CapacityError("no decode worker is ready")
+            raise NoWorker("no decode worker is ready")
         conditions = conditions_of(question.request, self._table)
         if pin and not self._is_prefiller(pin):
             conditions.append(lambda record: is_pinned(record, pin))
@@ -152,7 +152,7 @@ class Chooser:
             return ready
         allowed = narrow(self._table, ready, conditions, question.avoid)
         if not len(allowed.slots):
-            raise CapacityError(f"none of {len(ready.slots)} ready workers has {_demands(question.request)}")
+            raise NoWorker(f"none of {len(ready.slots)} ready workers has {_demands(question.request)}")
         return allowed
 
     def _prefillers(self, question: Question, decode_slot: int) -> Candidates:

@@ -124,7 +124,7 @@ class Selector:
             allow_prefill: False once remote prefill has failed too often for this request.
 
         Raises:
-            CapacityError: No worker of a needed role is ready, or none that the request's pin and tags allow.
+            NoWorker: No worker of a needed role is ready, or none that the request's pin and tags allow.
         """
         now_s = self._clock.monotonic_s()
         self._drop_lapsed(now_s)
