@@ -2,47 +2,49 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
-MAX_TOKENS = 1_048_576
-"""Longer break-even lengths are reported as this one, and mean: never."""
+SHORT_LENGTHS = (64, 128, 256)
+"""Measured for this alone, in tokens: it pays from below the lengths that the issue names."""
+
+BOUND = ", or "
+"""In a unit, between that of a length and which way the true figure lies."""
 
 
-def fit_line(points: Mapping[int, float]) -> tuple[float, float]:
-    """Intercept and slope of the line through points, by least squares of relative errors.
+@dataclass(frozen=True, slots=True)
+class BreakEven:
+    """The length from which on bringing is faster, as far as lengths were measured.
+
+    Attributes:
+        tokens: The length, or the one that it is certain to be not above, or not below.
+        bound: "", or "below": bringing is faster at every length, or "above": not at the longest one.
+    """
+
+    tokens: float
+    bound: str = ""
+
+    def unit(self, name: str) -> str:
+        """Unit of the figure, given that of a length."""
+        return f"{name}{BOUND}{self.bound}" if self.bound else name
+
+
+def break_even(bring: Mapping[int, float], compute: Mapping[int, float]) -> BreakEven:
+    """Where the curves of what bringing and computing take cross for the last time.
+
+    Both are linear between measured lengths, and nothing is said beyond them: neither is linear over all of them, as
+    attention costs more per token the longer a prompt is.
 
     Args:
-        points: Seconds by number of tokens; at least two.
+        bring: Seconds by number of tokens; at least one length.
+        compute: The same for computing them, at the same lengths.
     """
-    weights = {tokens: 1 / seconds**2 for tokens, seconds in points.items()}
-    total = math.fsum(weights.values())
-    mean_x = math.fsum(weight * tokens for tokens, weight in weights.items()) / total
-    mean_y = math.fsum(weights[tokens] * seconds for tokens, seconds in points.items()) / total
-    spread = math.fsum(weight * (tokens - mean_x) ** 2 for tokens, weight in weights.items())
-    slope = (
-        math.fsum(weights[tokens] * (tokens - mean_x) * (seconds - mean_y) for tokens, seconds in points.items())
-        / spread
-    )
-    return mean_y - slope * mean_x, slope
-
-
-def break_even_tokens(bring: Mapping[int, float], compute: Mapping[int, float], block_size: int) -> float:
-    """Where the lines through what bringing and computing take cross.
-
-    Args:
-        bring: Seconds by number of tokens.
-        compute: The same for computing them.
-        block_size: Tokens of a block.
-
-    Returns:
-        One block at least, `MAX_TOKENS` at most.
-    """
-    bring_s, bring_token_s = fit_line(bring)
-    compute_s, compute_token_s = fit_line(compute)
-    if bring_s <= compute_s and bring_token_s <= compute_token_s:
-        return float(block_size)
-    if bring_token_s >= compute_token_s:
-        # Dearer per token: it pays nowhere, or only below the crossing, which no prompt is long enough to need.
-        return float(MAX_TOKENS)
-    return float(min(MAX_TOKENS, max(block_size, (bring_s - compute_s) / (compute_token_s - bring_token_s))))
+    lengths = sorted(bring)
+    gains = [compute[length] - bring[length] for length in lengths]
+    if gains[-1] <= 0:
+        return BreakEven(float(lengths[-1]), "above")
+    for index in range(len(lengths) - 1, 0, -1):
+        if gains[index - 1] <= 0:
+            share = -gains[index - 1] / (gains[index] - gains[index - 1])
+            return BreakEven(lengths[index - 1] + share * (lengths[index] - lengths[index - 1]))
+    return BreakEven(float(lengths[0]), "below")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from perf.kv import evict, offload, onboard, rates, synthetic
+from perf.kv.break_even import BOUND
 from perf.machine import REPOSITORY
 
 Rows = Mapping[tuple[str, str], Mapping[str, Any]]
@@ -33,7 +34,7 @@ def tables(rows: Rows) -> Iterator[str]:
     large = [(synthetic.case_name(n), [synthetic.metric_name(t) for t in synthetic.TIERS]) for n in synthetic.LENGTHS]
     yield from _table(("case, s", "at the stated rate", *_TIERS), (_against_one(rows, *line) for line in large))
     cases, metrics = (onboard.BREAK_EVEN, synthetic.BREAK_EVEN), [f"tokens_{tier}" for tier in synthetic.TIERS]
-    lengths = ([f"`{case}`", *(_figure(rows, (case, metric), "value") for metric in metrics)] for case in cases)
+    lengths = ([f"`{case}`", *(_length(rows, (case, metric)) for metric in metrics)] for case in cases)
     yield from _table(("case, tokens", *_TIERS), lengths)
     speeds = [(case, synthetic.MEMCPY) for case in synthetic.G2_CASES]
     speeds += [(case, f"gbps/{limit}") for case, limits in rates.LIMITS.items() for limit in limits]
@@ -75,6 +76,11 @@ def _with_ratio(rows: Rows, key: tuple[str, str], name: str) -> str:
 def _figure(rows: Rows, key: tuple[str, str], name: str) -> str:
     value = rows.get(key, {}).get(name)
     return "" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _length(rows: Rows, key: tuple[str, str]) -> str:
+    figure, (_, _, bound) = _figure(rows, key, "value"), rows.get(key, {}).get("unit", "").partition(BOUND)
+    return f"{bound} {figure}".strip() if figure else ""
 
 
 def _ratio(rows: Rows, key: tuple[str, str]) -> str:

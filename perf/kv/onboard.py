@@ -1,9 +1,10 @@
 """TTFT of a prompt whose prefix is onboarded from each tier, against computing it, through the served system.
 
-A round has a fresh prompt of each length. `plain` computes it; a worker of `first` computes it too, and stores it; when
-it lies on disk and in the store as well, a second worker onboards it from the arena (G2), another host from the store
-(G4). The prompts of the round before have left the small arena by then: a third worker onboards them from disk (G3).
-What a request found where is read off the managers' counters, and a sample that came from elsewhere does not count.
+A round has a fresh prompt of each length, short ones included that only break-even lengths are made of. `plain`
+computes it; a worker of `first` computes it too, and stores it; when it lies on disk and in the store as well, a second
+worker onboards it from the arena (G2), another host from the store (G4). The prompts of the round before have left the
+small arena by then: a third worker onboards them from disk (G3). What a request found where is read off the managers'
+counters, and a sample that came from elsewhere does not count.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from pathlib import Path
 
 from kelp.core.types import Tier
 from perf.kv.asking import Asker, Reply
-from perf.kv.break_even import break_even_tokens
+from perf.kv.break_even import SHORT_LENGTHS, break_even
 from perf.kv.model import BLOCK_SIZE, block_bytes, model_folder, vocabulary_size
-from perf.kv.served_tiers import LOWER, ONLY, STORER, UPPER, ServedTiers, TierSizes, running, wait_for
+from perf.kv.served_tiers import GROUP_BLOCKS, LOWER, ONLY, STORER, UPPER, ServedTiers, TierSizes, running, wait_for
 from perf.kv.store import Store
 from perf.reporter import Reporter
 from perf.rows import Comparison, Measurement, RequiredRow
@@ -28,6 +29,7 @@ from perf.stats import MIN_PAIRS, Pair, median, paired_ratio
 from perf.suite import BenchError
 
 LENGTHS = (512, 2048, 7680)
+MEASURED = (*SHORT_LENGTHS, *LENGTHS)
 TIERS = (Tier.HOST, Tier.DISK, Tier.OBJECT)
 G_NAMES = {Tier.HOST: "g2", Tier.DISK: "g3", Tier.OBJECT: "g4"}
 BREAK_EVEN = "break_even"
@@ -44,6 +46,12 @@ _MIN_SHARE = 0.95
 """Of the prefix, must have come from the tier in question."""
 _SETTLE_S = 120.0
 _THREADS = 2
+
+
+def lengths_of(tier: Tier) -> tuple[int, ...]:
+    """What is onboarded from a tier; the object store has whole groups only."""
+    least = GROUP_BLOCKS * BLOCK_SIZE if tier is Tier.OBJECT else 0
+    return tuple(length for length in MEASURED if length >= least)
 
 
 def case_name(length: int) -> str:
@@ -75,7 +83,7 @@ class Samples:
 
     def count(self) -> int:
         """Pairs of the cell that has fewest."""
-        return min(len(self.pairs.get((length, tier), ())) for length in LENGTHS for tier in TIERS)
+        return min(len(self.pairs.get((length, tier), ())) for tier in TIERS for length in lengths_of(tier))
 
 
 def fault_of(reply: Reply, length: int, tier: Tier, found: dict[str, float]) -> str:
@@ -121,12 +129,13 @@ def _row(length: int, tier: Tier, pairs: Sequence[Pair], trouble: str) -> Measur
 
 def _break_even_row(tier: Tier, samples: Samples) -> Measurement:
     metric = f"tokens_{G_NAMES[tier]}"
-    columns = {length: samples.pairs.get((length, tier), []) for length in LENGTHS}
+    columns = {length: samples.pairs.get((length, tier), []) for length in lengths_of(tier)}
     if not all(columns.values()):
         return Measurement(BREAK_EVEN, metric, "tokens", None, trouble="not all lengths were measured")
     bring = {length: median([pair.value for pair in pairs]) for length, pairs in columns.items()}
     compute = {length: median([pair.reference for pair in pairs]) for length, pairs in columns.items()}
-    return Measurement(BREAK_EVEN, metric, "tokens", break_even_tokens(bring, compute, BLOCK_SIZE))
+    found = break_even(bring, compute)
+    return Measurement(BREAK_EVEN, metric, found.unit("tokens"), found.tokens)
 
 
 class _Rounds:
@@ -141,7 +150,7 @@ class _Rounds:
 
     def warm_up(self) -> None:
         """One round that does not count, so that every worker has onboarded before."""
-        for length in LENGTHS:
+        for length in MEASURED:
             prompt = self._former[length] = self._prompt(length)
             self._served.plain.ask(prompt, ONLY)
             self._store(prompt, length)
@@ -153,7 +162,7 @@ class _Rounds:
 
     def run(self) -> None:
         """One round."""
-        prompts = {length: self._prompt(length) for length in LENGTHS}
+        prompts = {length: self._prompt(length) for length in MEASURED}
         computed_s = {length: self._fresh(prompt, length) for length, prompt in prompts.items()}
         for length, former in self._former.items():
             self._onboard(self._served.first, LOWER, former, (length, Tier.DISK), computed_s[length])
@@ -164,7 +173,8 @@ class _Rounds:
         computed_s = self._served.plain.ask(prompt, ONLY).ttft_s
         self._store(prompt, length)
         self._onboard(self._served.first, UPPER, prompt, (length, Tier.HOST), computed_s)
-        self._onboard(self._served.second, ONLY, prompt, (length, Tier.OBJECT), computed_s)
+        if length in lengths_of(Tier.OBJECT):
+            self._onboard(self._served.second, ONLY, prompt, (length, Tier.OBJECT), computed_s)
         return computed_s
 
     def _prompt(self, length: int) -> list[int]:
@@ -173,13 +183,14 @@ class _Rounds:
     def _store(self, prompt: list[int], length: int) -> None:
         """Have a prompt in all tiers of the first host."""
         first, num_blocks = self._served.first, length // BLOCK_SIZE
-        names = [f'kelp_kv_tier_blocks{{state="resident",tier="{tier}"}}' for tier in ("disk", "object")]
+        expected = {"disk": num_blocks, "object": num_blocks // GROUP_BLOCKS * GROUP_BLOCKS}
+        series = {f'kelp_kv_tier_blocks{{state="resident",tier="{tier}"}}': count for tier, count in expected.items()}
         before = first.manager_stats()
         first.ask(prompt, STORER)
 
         def is_everywhere() -> bool:
             stats = first.manager_stats()
-            return all(stats.get(name, 0) - before.get(name, 0) >= num_blocks for name in names)
+            return all(stats.get(name, 0) - before.get(name, 0) >= count for name, count in series.items())
 
         wait_for(is_everywhere, f"a prefix of {length} tokens on disk and in the store", _SETTLE_S)
 
@@ -205,7 +216,7 @@ def run(reporter: Reporter, store: Store, is_long: bool) -> None:
         BenchError: A server does not come up.
     """
     num_rounds = _NUM_ROUNDS_LONG if is_long else _NUM_ROUNDS
-    round_blocks = sum(LENGTHS) // BLOCK_SIZE
+    round_blocks = sum(MEASURED) // BLOCK_SIZE
     num_block_bytes = block_bytes(model_folder())
     sizes = TierSizes(round_blocks + _SPARE_BLOCKS, (num_rounds + _SPARE_ROUNDS + 2) * round_blocks, num_block_bytes)
     with ExitStack() as stack:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from perf.kv.break_even import break_even_tokens
+from perf.kv.break_even import SHORT_LENGTHS, break_even
 from perf.kv.store import Store
 from perf.kv.subprocesses import measure
 from perf.kv.synthetic_messages import SyntheticResult, SyntheticSpec
@@ -16,6 +16,7 @@ from perf.rows import Comparison, Measurement, RequiredRow
 from perf.stats import MIN_PAIRS, Pair, median, paired_ratio
 
 LENGTHS = (512, 2048, 7680)
+MEASURED = (*SHORT_LENGTHS, *LENGTHS)
 TIERS = ("g2", "g3", "g4")
 PREFILL_TOKENS_PER_S = 10_000
 """Stated, not measured: about what an 8B model makes of one large accelerator."""
@@ -26,7 +27,6 @@ MEMCPY = "gbps/memcpy"
 
 _RECOMPUTED = f"n / {PREFILL_TOKENS_PER_S} tokens/s"
 _UNIT = f"tokens at {PREFILL_TOKENS_PER_S}/s"
-_BLOCK_SIZE = 16
 _NUM_ROUNDS = 5
 _NUM_ROUNDS_LONG = 15
 _TIMEOUT_S = 600.0
@@ -70,13 +70,13 @@ def _row(length: int, tier: str, seconds: Sequence[float], trouble: str) -> Meas
 
 
 def _break_even_row(tier: str, result: SyntheticResult) -> Measurement:
-    columns = {length: result.onboard.get(tier, {}).get(str(length), []) for length in LENGTHS}
+    columns = {length: result.onboard.get(tier, {}).get(str(length), []) for length in MEASURED}
     if not all(columns.values()):
         trouble = result.trouble or "not all lengths were measured"
         return Measurement(BREAK_EVEN, f"tokens_{tier}", _UNIT, None, trouble=trouble)
     bring = {length: median(seconds) for length, seconds in columns.items()}
-    compute = {length: length / PREFILL_TOKENS_PER_S for length in LENGTHS}
-    return Measurement(BREAK_EVEN, f"tokens_{tier}", _UNIT, break_even_tokens(bring, compute, _BLOCK_SIZE))
+    found = break_even(bring, {length: length / PREFILL_TOKENS_PER_S for length in MEASURED})
+    return Measurement(BREAK_EVEN, f"tokens_{tier}", found.unit(_UNIT), found.tokens)
 
 
 def _rate_rows(result: SyntheticResult) -> Iterator[Measurement]:
@@ -97,9 +97,9 @@ def run(reporter: Reporter, store: Store | None, is_long: bool) -> None:
         BenchError: The measuring process failed.
     """
     num_rounds = _NUM_ROUNDS_LONG if is_long else _NUM_ROUNDS
-    spec, environment = SyntheticSpec(LENGTHS, num_rounds), {}
+    spec, environment = SyntheticSpec(MEASURED, num_rounds), {}
     if store is not None:
-        spec = SyntheticSpec(LENGTHS, num_rounds, store.endpoint, store.make_bucket("kelp-synthetic"))
+        spec = SyntheticSpec(MEASURED, num_rounds, store.endpoint, store.make_bucket("kelp-synthetic"))
         environment = store.environment
     timeout_s = _TIMEOUT_LONG_S if is_long else _TIMEOUT_S
     result = SyntheticResult.from_json(measure("perf.kv.synthetic_process", spec, environment, timeout_s))

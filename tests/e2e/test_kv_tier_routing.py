@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import yaml
 from mock_fleet_rig import Reference, explain, generate, model_of, samples, total, worker_of
 
+from kelp.client.base import WorkerAddress
+from kelp.client.grpc.kv_manager import GrpcKvManagerClient
 from kelp.core.config import CONFIG_ENV
+from kelp.core.hashing import seed_hash, sequence_hashes, tenant_digest
+from kelp.core.kv_manager_messages import Done, Leased, Onboard, Release
+from kelp.registry.directory import KvManagerDirectory
 from kelp.supervisor.plan import ServerSpec, WorkerSpec
 from kelp.supervisor.server import Launch, TritonServer
 from kelp.supervisor.triton import find_triton
+from support.kv_stats import num_in_memory
 from support.serving import HOST, KelpServer, clean_environment, free_ports
 from support.waiting import wait_until
 
 BLOCK_SIZE = 16
 MAX_TOKENS = 8
+NUM_REPORTS = 60
+LEASED_S = 2.0
+"""The manager believes no more than the age of a lease."""
 SETTINGS: dict[str, object] = {
     "kv_manager.host_bytes": 64 * 1024**2,
-    "offload.onboard": "always",
+    "mock.timing.prefill_token_s": 3e-3,
     "registry.heartbeat_s": 0.5,
 }
+"""`offload.onboard` is what it is by default; computing a prompt takes much longer than asking for it."""
 UNDER_ANOTHER_NAME = """#!/bin/sh
 exec unshare --uts sh -c 'hostname another-host && exec "$@"' sh {program} "$@"
 """
@@ -55,6 +68,7 @@ def test_a_prompt_that_one_worker_computed_is_found_via_the_manager_for_the_othe
     reference = Reference()
     num_blocks = (len(reference.encode(TALE)) - 1) // BLOCK_SIZE
     answer = reference.answer(TALE, MAX_TOKENS)
+    compute_and_see(served, "To be measured.", "decode_1")
     first = generate(served, text_input=TALE, max_tokens=MAX_TOKENS, kelp_worker="decode")
     assert (first["output_ids"], first["cached_tokens"]) == (answer, 0)
 
@@ -73,6 +87,9 @@ def test_a_prompt_that_one_worker_computed_is_found_via_the_manager_for_the_othe
     assert explanation["predicted_onboarded_blocks"] == in_host_memory
     assert explanation["outcome"]["onboarded_blocks"] == in_host_memory
     assert explanation["outcome"]["onboard_s"] > 0
+    read = {"tier": "host", "direction": "read"}
+    for name in ("kelp_kv_tier_moved_bytes_total", "kelp_kv_tier_seconds_count"):
+        wait_until(lambda name=name: counted(served, name, **read) > 0, f"{name} of what the worker has READ", 15.0)
     for name in ("kelp_routing_lower_tier_blocks_total", "kelp_routing_onboarded_blocks_total"):
         wait_until(lambda name=name: counted(served, name, tier="host") == num_blocks, name, 15.0)
     served.wait_quiet()
@@ -136,3 +153,44 @@ def test_a_worker_of_a_host_without_manager_reads_from_the_memory_of_another(
     answer = generate(served, text_input=tale, max_tokens=MAX_TOKENS, kelp_worker=worker)
     assert (answer["output_ids"], worker_of(answer)) == (reference.answer(tale, MAX_TOKENS), worker)
     assert answer["cached_tokens"] == num_blocks * BLOCK_SIZE
+
+
+def report_slow_reads(server: KelpServer, name: str, tale: npt.NDArray[np.int32]) -> None:
+    """Tell the manager in a worker's name, many times, that READing a prompt has taken all the time of its lease."""
+    (manager,) = KvManagerDirectory(server.registry_folder, 5.0).snapshot()
+    worker = server.records()[name]
+    key = (worker.worker_id, worker.epoch)
+    hashes = tuple(sequence_hashes(tale, BLOCK_SIZE, seed_hash(worker.layout.model_id)))
+    leases = range(2**40, 2**40 + NUM_REPORTS)
+
+    async def report() -> None:
+        client = GrpcKvManagerClient(server.peer_token)
+        address = WorkerAddress(manager.endpoint, manager.model_name, epoch=manager.epoch)
+        try:
+            onboards = [Onboard(*key, lease, tenant_digest(""), hashes, 0, 0.0, 5.0) for lease in leases]
+            for leased in await client.call(address, onboards, 10.0):
+                assert isinstance(leased, Leased) and leased.num_blocks == len(hashes), leased
+            await asyncio.sleep(LEASED_S)
+            releases = [Release(*key, (lease,), (), len(hashes), 60.0) for lease in leases]
+            for done in await client.call(address, releases, 10.0):
+                assert done == Done(1)
+        finally:
+            await client.close()
+
+    asyncio.run(report())
+
+
+def test_what_takes_longer_to_read_than_to_compute_is_computed(served: KelpServer) -> None:
+    reference, tale = Reference(), f"Sooner computed than read. {TALE}"
+    tokens = reference.encode(tale)
+    names = sequence_hashes(tokens, BLOCK_SIZE, seed_hash(served.records()["decode"].layout.model_id))
+    generate(served, text_input=tale, max_tokens=1, kelp_worker="decode")
+    wait_until(lambda: num_in_memory(served, names) == len(names), "its blocks", 30.0)
+    report_slow_reads(served, "decode", tokens)
+    asked = {"worker": "decode_1", "outcome": "miss"}
+    before = counted(served, "kelp_onboard_requests_total", **asked)
+    answer = generate(served, text_input=tale, max_tokens=MAX_TOKENS, kelp_worker="decode_1")
+    assert (answer["output_ids"], worker_of(answer)) == (reference.answer(tale, MAX_TOKENS), "decode_1")
+    assert answer["cached_tokens"] == 0
+    wait_until(lambda: counted(served, "kelp_onboard_requests_total", **asked) == before + 1, "its question", 15.0)
+    served.wait_quiet()

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kelp.chaos.manager_desk import is_held
 from kelp.client.base import WorkerAddress
 from kelp.client.grpc.kv_manager import GrpcKvManagerClient
 from kelp.core.errors import KelpError
-from kelp.core.kv_manager_messages import Done, GetStats, Operation, Pin, Result, Stats
+from kelp.core.kv_manager_messages import GetStats, Match, Matched, Operation, Result, Stats
 from kelp.core.peer_auth import PeerToken
-from kelp.core.types import SequenceHash
+from kelp.core.types import SequenceHash, Tier
 from kelp.registry.directory import KvManagerDirectory
 from support.serving import KelpServer
 from support.waiting import wait_until
 
 _EXPIRY_S = 5.0
-_MOVING = ("filling", "stored", "doomed", "wiping")
-_NO_LEAKS = ("workers", "unverified")
-"""Of what a manager knows, what is there when nothing is under way, too."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +47,10 @@ class KvStats:
         """Blocks that have had to make room there."""
         return int(self.total("kelp_kv_tier_removed_total", tier=tier, reason="evicted"))
 
+    def corrupt(self, tier: str) -> int:
+        """Blocks that were found damaged there."""
+        return int(self.total("kelp_kv_tier_corrupt_blocks_total", tier=tier))
+
     def written(self, tier: str) -> int:
         """Bytes that came there."""
         return int(self.total("kelp_kv_tier_moved_bytes_total", tier=tier, direction="write"))
@@ -61,16 +62,7 @@ class KvStats:
 
     def held(self) -> dict[str, float]:
         """What is not back yet: leases, pins, stores, references, slots between two lives, moves that wait."""
-        return {key: value for key, value in self.values.items() if value and _is_held(key)}
-
-
-def _is_held(key: str) -> bool:
-    kinds = re.findall(r'(?:kind|state)="([\w-]+)"', key)
-    if key.startswith("kelp_kv_manager_held{"):
-        return kinds[0] not in _NO_LEAKS
-    return key.startswith("kelp_kv_tier_queue_blocks") or (
-        key.startswith("kelp_kv_tier_blocks{") and kinds[0] in _MOVING
-    )
+        return {key: value for key, value in self.values.items() if value and is_held(key)}
 
 
 def stats_at(address: WorkerAddress, timeout_s: float = 5.0) -> KvStats:
@@ -96,16 +88,15 @@ def stats_of(server: KelpServer) -> KvStats | None:
 
 
 def num_in_memory(server: KelpServer, names: Sequence[SequenceHash]) -> int:
-    """How many of these blocks are in a server's host tier; 0 while it has no manager that answers them."""
+    """How many of a prompt's leading blocks are in a server's host tier; 0 while it has no manager that answers."""
     for record in KvManagerDirectory(server.registry_folder, _EXPIRY_S).snapshot():
         try:
-            # To unpin what is not pinned changes nothing, and says what is there.
             address = WorkerAddress(record.endpoint, record.model_name, epoch=record.epoch)
-            result = _ask(address, Pin(tuple(names), 0.0), token=server.peer_token)
+            result = _ask(address, Match(tuple(names)), token=server.peer_token)
         except KelpError:
             return 0
-        assert isinstance(result, Done), result
-        return result.num_blocks
+        assert isinstance(result, Matched), result
+        return result.tiers[Tier.HOST]
     return 0
 
 

@@ -89,11 +89,11 @@ class ObjectRig:
 
     def __init__(self, server: S3Server, bucket: str, endpoint: str = "", **settings: Any) -> None:
         key, clock = settings.pop("key", None), settings.pop("clock", None)
-        block_bytes = settings.pop("block_bytes", BLOCK_BYTES)
+        block_bytes, share = settings.pop("block_bytes", BLOCK_BYTES), settings.pop("tenant_share", 1.0)
         defaults = {"object_bytes": GROUP_BLOCKS * block_bytes, "timeout_s": 10.0, "region": REGION}
         self.config = ObjectTierConfig(bucket=bucket, endpoint=endpoint or server.endpoint, **{**defaults, **settings})
         self.arena = Arena(block_bytes)
-        self.tier = S3ObjectTier(self.config, SPACE, self.arena.map, key, clock)
+        self.tier = S3ObjectTier(self.config, SPACE, self.arena.map, key, clock, share)
         self.mark()
 
     def __enter__(self) -> ObjectRig:

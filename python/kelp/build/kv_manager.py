@@ -156,5 +156,6 @@ def _open_objects(config: KelpConfig, space: SpaceRecord, arena: FileArena) -> O
         block_bytes=region.block_bytes,
         stride_bytes=region.stride,
     )
-    key = load_key(config.disk_tier)
-    return S3ObjectTier(config.object_tier, space_digest(space, region.block_bytes), shared, key)
+    key, share = load_key(config.disk_tier), config.kv_manager.tenant_share
+    digest = space_digest(space, region.block_bytes)
+    return S3ObjectTier(config.object_tier, digest, shared, key, tenant_share=share)

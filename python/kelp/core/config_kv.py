@@ -74,13 +74,14 @@ class KvManagerConfig(Group):
     arena_folder: Path = Field(default_factory=default_arena_folder)
     """Where the host tier's memory is mapped from; on tmpfs it survives a crash of the manager."""
     use_huge_pages: bool = True
-    """Ask the kernel for huge pages; taken where it has them."""
+    """Ask the kernel for huge pages where it gives them on advice (`transparent_hugepage/shmem_enabled`)."""
     eviction: EvictionName = "cost"
     """Which block leaves a full tier first; `cost` weighs what recomputing it takes against how likely it is wanted."""
     lease_ttl_s: Positive = 10.0
     """Blocks that a worker reads are held this long without its heartbeat."""
     tenant_share: _Share = 1.0
-    """Most of each tier that the blocks of one `cache_salt` may take; beyond, its own blocks make room."""
+    """Most of each tier that the blocks of one `cache_salt` may take (of the object store: of `object_tier.max_bytes`);
+    beyond, its own blocks make room."""
     max_pinned_share: _Share = 0.5
     """Most of the host tier that pinned blocks may take."""
     max_operations: Annotated[int, Field(ge=1)] = 1024
@@ -122,7 +123,8 @@ class ObjectTierConfig(Group):
     object_bytes: Annotated[int, Field(ge=1, le=64 * 1024**2)] = 2 * 1024**2
     """Blocks are grouped into objects of about this size."""
     max_bytes: _Bytes = 0
-    """Oldest objects beyond this are deleted; 0 for no bound."""
+    """Of all models and hosts below the prefix; beyond, objects are deleted: of tenants beyond their share first, then
+    the oldest. 0 for no bound."""
     timeout_s: Positive = 2.0
     """A request that takes longer has failed."""
     max_failures: Annotated[int, Field(ge=1)] = 3

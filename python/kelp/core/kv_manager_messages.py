@@ -8,9 +8,7 @@ Storing is two steps, because NIXL does not notice memory that is reused under a
 worker holds still; the manager answers when it has read those it wants; only the worker knows whether it held them all
 the time, and says so with `Commit`. Until then nobody is given their content. Onboarding is a lease on slots of the
 manager: what a worker has READ counts only if the READ ended before the lease, counted from the sending of the last
-answered `Renew`, ran out.
-
-msgspec checks every field and bound while it decodes; nothing is ever unpickled.
+answered `Renew`, ran out. msgspec checks every field and bound while it decodes; nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -33,17 +31,19 @@ from kelp.core.kv_manager_values import (
     OfferedBlock,
     PoolRecord,
     Seconds,
+    Share,
     SlotRef,
     SpaceRecord,
+    TierRun,
     Value,
 )
 from kelp.core.types import Tier
 
 __all__ = [
     "MAX_BATCH_BYTES", "MAX_BLOCKS", "Await", "Clear", "Commit", "Digest", "Done", "GetStats", "Join", "Joined",
-    "Leased", "OfferedBlock", "Onboard", "Operation", "Pin", "PoolRecord", "Refused", "Release", "Renew", "Renewed",
-    "Result", "SlotRef", "SpaceRecord", "Stats", "Store", "Stored", "Unknown", "decode_operations", "decode_results",
-    "encode_batch",
+    "Leased", "Match", "Matched", "OfferedBlock", "Onboard", "Operation", "Pin", "PoolRecord", "Refused", "Release",
+    "Renew", "Renewed", "Result", "SlotRef", "SpaceRecord", "Stats", "Store", "Stored", "TierRun", "Unknown",
+    "decode_operations", "decode_results", "encode_batch",
 ]  # fmt: skip
 
 MAX_BATCH_BYTES = 4 * 1024 * 1024
@@ -112,7 +112,7 @@ class Commit(_Operation, frozen=True, omit_defaults=True):
     lost: Digests = ()
 
 
-class Onboard(_Operation, frozen=True):
+class Onboard(_Operation, frozen=True, omit_defaults=True):
     """Lease the longest known run of `hashes`, from its start, as far as bringing it pays; lower tiers are promoted.
 
     Attributes:
@@ -122,6 +122,8 @@ class Onboard(_Operation, frozen=True):
         first_position: Index of the first in its sequence.
         recompute_s: Predicted time to compute all of `hashes`; 0 if unknown or of no interest: bring all.
         timeout_s: What is not ready by then is not wanted.
+        quadratic_share: Of `recompute_s`, what grows with the square of the number of blocks (attention); the rest
+            grows with the number.
     """
 
     worker_id: Name
@@ -132,20 +134,23 @@ class Onboard(_Operation, frozen=True):
     first_position: Count
     recompute_s: Seconds
     timeout_s: Seconds
+    quadratic_share: Share = 0.0
 
 
-class Leased(_Result, frozen=True):
+class Leased(_Result, frozen=True, omit_defaults=True):
     """How an onboarding stands; also the answer to `Await`.
 
     Attributes:
         num_blocks: Leading blocks that will come; may shrink when a lower tier fails. 0: there is no lease.
         ready: Of those asked for, in order, from the first one that the question did not name as known.
         tiers: Where the `num_blocks` blocks were found, as counts by tier.
+        runs: The same in the order of the blocks; empty if each tier's lie behind those of the faster ones.
     """
 
     num_blocks: Count
     ready: Annotated[tuple[SlotRef, ...], Meta(max_length=MAX_BLOCKS)]
     tiers: Annotated[tuple[Count, ...], Meta(min_length=len(Tier), max_length=len(Tier))]
+    runs: Annotated[tuple[TierRun, ...], Meta(max_length=MAX_BLOCKS)] = ()
 
 
 class Await(_Operation, frozen=True):
@@ -171,17 +176,35 @@ class Renewed(_Result, frozen=True):
     lease_ids: LeaseIds
 
 
-class Release(_Operation, frozen=True):
+class Release(_Operation, frozen=True, omit_defaults=True):
     """These leases are over: their blocks were read or are not wanted. Unknown ones are ignored.
 
     Attributes:
         corrupt: Blocks whose checksum was wrong where they were read: the manager drops them.
+        num_read: Blocks that were READ under these leases and found right.
+        read_s: The time in which READs and checks of any of them were under way.
     """
 
     worker_id: Name
     epoch: Name
     lease_ids: LeaseIds
     corrupt: Digests = ()
+    num_read: Count = 0
+    read_s: Seconds = 0.0
+
+
+class Match(_Operation, frozen=True, omit_defaults=True):
+    """How much of a prompt is known: no lease, no use. Without its tenant (as in `Onboard`) the store is not asked."""
+
+    hashes: Digests
+    first_position: Count = 0
+    tenant: Digest | None = None
+
+
+class Matched(_Result, frozen=True):
+    """Where the longest known run from the first block on was found, as counts by tier."""
+
+    tiers: Annotated[tuple[Count, ...], Meta(min_length=len(Tier), max_length=len(Tier))]
 
 
 class Pin(_Operation, frozen=True):
@@ -232,8 +255,8 @@ class Refused(_Result, frozen=True):
     message: Annotated[str, Meta(max_length=4000)]
 
 
-Operation = Join | Store | Commit | Onboard | Await | Renew | Release | Pin | Clear | GetStats
-Result = Joined | Stored | Leased | Renewed | Done | Stats | Unknown | Refused
+Operation = Join | Store | Commit | Onboard | Await | Renew | Release | Match | Pin | Clear | GetStats
+Result = Joined | Stored | Leased | Renewed | Matched | Done | Stats | Unknown | Refused
 
 _BatchT = TypeVar("_BatchT")
 _OPERATIONS: msgspec.msgpack.Decoder[list[Operation]] = msgspec.msgpack.Decoder(

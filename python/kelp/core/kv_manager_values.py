@@ -7,6 +7,8 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from kelp.core.types import Tier
+
 MAX_BLOCKS = 16384
 """Blocks in one operation."""
 
@@ -16,6 +18,7 @@ Name = Annotated[str, Meta(min_length=1, max_length=256)]
 Count = Annotated[int, Meta(ge=0, lt=2**31)]
 Address = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Seconds = Annotated[float, Meta(ge=0, le=86400)]
+Share = Annotated[float, Meta(ge=0, le=1)]
 LeaseId = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Device = Annotated[str, Meta(pattern=r"^(cpu|cuda(:[0-9]{1,3})?)\Z")]
 Metadata = Annotated[bytes, Meta(max_length=1024 * 1024)]
@@ -71,6 +74,13 @@ class OfferedBlock(Value, frozen=True, array_like=True):
     parent: Parent
     position: Count
     block_id: Count
+
+
+class TierRun(Value, frozen=True, array_like=True):
+    """Consecutive blocks of a prompt that were found in one tier."""
+
+    tier: Tier
+    num_blocks: Count
 
 
 class SlotRef(Value, frozen=True, array_like=True):

@@ -147,6 +147,7 @@ class FakeObjects:
         self.stuck: set[int] = set()
         self.events = {"damaged": 0, "missing": 0}
         self.stored_bytes = 0
+        self.full_tenants: frozenset[bytes] = frozenset()
         self.owed: frozenset[bytes | None] = frozenset()
 
     @property

@@ -185,8 +185,10 @@ class Worker:
             ready += leased.ready
         return operation.lease_id, Leased(leased.num_blocks, tuple(ready[: leased.num_blocks]), leased.tiers)
 
-    async def release(self, *lease_ids: int, corrupt: Sequence[SequenceHash] = ()) -> Result:
-        return await self.ask(Release(self.worker_id, self.epoch, lease_ids, tuple(corrupt)))
+    async def release(
+        self, *lease_ids: int, corrupt: Sequence[SequenceHash] = (), num_read: int = 0, read_s: float = 0.0
+    ) -> Result:
+        return await self.ask(Release(self.worker_id, self.epoch, lease_ids, tuple(corrupt), num_read, read_s))
 
     def read(self, leased: Leased) -> list[bytes]:
         """READ what is ready from the manager's pool, over the transport."""

@@ -10,7 +10,7 @@ from kelp.core.errors import InternalError, ProtocolError
 from kelp.core.types import SequenceHash, Tier
 from kelp.kv.eviction.lru import LruPolicy
 from kelp.kv.manager.leases import LeaseTable
-from kelp.kv.manager.rates import TierRates, num_worth_bringing
+from kelp.kv.manager.rates import Recompute, TierRates, num_worth_bringing
 from kelp.kv.manager.shelf import Shelf
 from kelp.kv.manager.shelf_watch import ShelfLimits
 from kelp.kv.manager.states import SlotState, SlotTable
@@ -191,7 +191,7 @@ def test_a_lease_belongs_to_one_incarnation_and_its_id_is_used_once():
 
 
 def test_rates_follow_what_is_measured():
-    rates = TierRates(BLOCK_BYTES)
+    rates = TierRates(BLOCK_BYTES, FakeClock())
     for _ in range(50):
         rates.observe(Tier.DISK, 10, 2.0)
     assert rates.seconds(Tier.DISK, 10) == pytest.approx(2.0, rel=0.01)
@@ -199,11 +199,11 @@ def test_rates_follow_what_is_measured():
 
 
 def test_what_takes_longer_to_bring_than_to_compute_is_not_brought():
-    rates = TierRates(BLOCK_BYTES)
+    rates = TierRates(BLOCK_BYTES, FakeClock())
     for _ in range(50):
         rates.observe(Tier.OBJECT, 4, 100.0)
     tiers = [Tier.HOST] * 4 + [Tier.OBJECT] * 4
-    assert num_worth_bringing(tiers, 8, recompute_s=1.0, rates=rates) == 4
-    assert num_worth_bringing(tiers, 8, recompute_s=1000.0, rates=rates) == 8
-    assert num_worth_bringing(tiers, 8, recompute_s=0.0, rates=rates) == 8, "unknown: all"
-    assert num_worth_bringing(tiers, 8, recompute_s=1e-6, rates=rates) == 0
+    assert num_worth_bringing(tiers, Recompute(8, 1.0), rates) == 4
+    assert num_worth_bringing(tiers, Recompute(8, 1000.0), rates) == 8
+    assert num_worth_bringing(tiers, Recompute(8, 0.0), rates) == 8, "unknown: all"
+    assert num_worth_bringing(tiers, Recompute(8, 1e-6), rates) == 0

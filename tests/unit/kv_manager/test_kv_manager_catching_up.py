@@ -10,6 +10,7 @@ from fake_tiers import FakeObjects, StoreMemory
 from manager_rig import TENANT, Host, Worker, content_of, prompt_hashes, settled, space_of
 
 from kelp.core.clock import FakeClock
+from kelp.core.hashing import tenant_digest
 from kelp.core.kv_manager_messages import Clear, Done
 from kelp.kv.manager import catching_up, lower
 from kelp.kv.manager.states import SlotState
@@ -202,6 +203,24 @@ def test_a_full_store_is_left_as_it_is():
             assert store.blocks == {}, "128 bytes more would be too much"
             objects.stored_bytes = 0
             await until(lambda: names_in(store) == set(HASHES), "all groups in the store")
+
+    run(scene)
+
+
+def test_a_tenant_whose_share_of_the_store_is_full_is_not_offered_again():
+    async def scene():
+        store = StoreMemory(2, is_available=False)
+        host = Host(num_slots=16, store=store)
+        async with host.manager() as manager:
+            worker, theirs = Worker(manager), prompt_hashes(4, "b")
+            await worker.join()
+            await worker.store(HASHES)
+            await worker.store(theirs, tenant_digest("b"))
+            await settled(manager)
+            assert host.objects is not None
+            host.objects.full_tenants = frozenset({TENANT})
+            store.is_available = True
+            await until(lambda: names_in(store) == set(theirs), "the other tenant's groups, which lie behind")
 
     run(scene)
 

@@ -12,6 +12,7 @@ from manager_rig import SPACE, TENANT, Host, Worker, content_of, prompt_hashes, 
 from kelp.core.clock import FakeClock
 from kelp.core.errors import FatalTransferError, ProtocolError
 from kelp.core.hashing import tenant_digest
+from kelp.core.kv_events import BlocksRemoved
 from kelp.core.kv_manager_messages import (
     Await,
     Clear,
@@ -372,8 +373,9 @@ def test_after_the_stop_everything_is_refused_and_the_arena_is_given_back():
 
 def test_the_events_tell_each_tier_of_its_blocks():
     async def scene():
-        host = Host(num_disk_slots=8)
+        host = Host(num_disk_slots=8, store=StoreMemory(2))
         host.settings["events.enabled"] = "true"
+        host.settings["object_tier.refresh_s"] = "0.001"
         async with host.manager() as manager:
             space_told = []
             worker = Worker(manager)
@@ -383,15 +385,23 @@ def test_the_events_tell_each_tier_of_its_blocks():
             for books in (space.host, space.disk):
                 assert books is not None
                 books._events._sink = space_told.append
+            assert space._store is not None
+            space._store._names._events._sink = space_told.append
             await worker.store(HASHES[:2])
             await settled(manager)
-            await until(lambda: len(space_told) == 2, "both tiers have told")
-            assert [(event.tier, event.hashes, event.parent) for event in space_told] == [
+            await until(lambda: len(space_told) == 3, "all tiers have told")
+            told = sorted(space_told, key=lambda event: event.tier)
+            assert [(event.tier, event.hashes, event.parent) for event in told] == [
                 (Tier.HOST, tuple(HASHES[:2]), None),
                 (Tier.DISK, tuple(HASHES[:2]), None),
+                (Tier.OBJECT, tuple(HASHES[:2]), None),
             ]
             await worker.release(corrupt=[HASHES[0]])
-            assert space_told[-1].hashes == (HASHES[0],)
+            assert (space_told[-1].tier, space_told[-1].hashes) == (Tier.HOST, (HASHES[0],))
+            assert host.store is not None
+            host.store.blocks.clear()
+            gone = BlocksRemoved(tuple(HASHES[:2]), Tier.OBJECT)
+            await until(lambda: space_told[-1] == gone, "that the store has none")
 
     run(scene)
 

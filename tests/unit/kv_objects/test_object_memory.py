@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+
 import hypothesis.strategies as st
+import pytest
 from hypothesis import given
 
 from kelp.core.clock import FakeClock
 from kelp.core.types import SequenceHash
 from kelp.kv.tiers.objects.breaker import LONGEST_RETRY_S, CircuitBreaker
 from kelp.kv.tiers.objects.known import KnownGroups
-from kelp.kv.tiers.objects.sweep import Sweep
+from kelp.kv.tiers.objects.messages import Listed
+from kelp.kv.tiers.objects.sweep import Quota, Sweep
 
 TENANT, OTHER = b"t" * 16, b"o" * 16
 
@@ -124,12 +129,18 @@ def test_a_tenant_is_forgotten_and_nobody_else() -> None:
     assert list(known) == []
 
 
+def _swept(quota: Quota, objects: Sequence[tuple[int, int, int]]) -> Sweep:
+    """A pass over objects: when each was written, its size, and whose it is; its key is its number."""
+    sweep = Sweep(quota)
+    for index, (modified_s, num_bytes, owner) in enumerate(objects):
+        sweep.add(Listed(str(index), num_bytes, modified_s), bytes([owner]) * 16)
+    return sweep
+
+
 @given(st.lists(st.tuples(st.integers(0, 1000), st.integers(1, 100)), max_size=60), st.integers(1, 3000))
 def test_the_oldest_objects_make_room_and_no_more_than_needed(objects: list[tuple[int, int]], max_bytes: int) -> None:
-    sweep = Sweep()
-    for index, (modified_s, num_bytes) in enumerate(objects):
-        sweep.add(str(index), num_bytes, modified_s)
-    surplus = [int(key) for key in sweep.surplus(max_bytes)]
+    sweep = _swept(Quota(max_bytes), [(*item, 0) for item in objects])
+    surplus = [int(key) for key in sweep.surplus()]
     total = sum(num_bytes for _, num_bytes in objects)
     left = total - sum(objects[index][1] for index in surplus)
     assert left <= max_bytes
@@ -141,6 +152,57 @@ def test_the_oldest_objects_make_room_and_no_more_than_needed(objects: list[tupl
 
 
 def test_without_a_quota_nothing_is_surplus() -> None:
-    sweep = Sweep()
-    sweep.add("a", 10**15, 0)
-    assert sweep.surplus(0) == []
+    assert _swept(Quota(0, 0.5), [(0, 10**15, 1)]).surplus() == []
+
+
+_OBJECTS = st.lists(st.tuples(st.integers(0, 1000), st.integers(1, 100), st.integers(0, 3)), max_size=60)
+
+
+@given(_OBJECTS, st.integers(1, 3000), st.floats(0.01, 0.99))
+def test_a_tenant_beyond_its_share_makes_room_before_anybody_else(
+    objects: list[tuple[int, int, int]], max_bytes: int, share: float
+) -> None:
+    quota = Quota(max_bytes, share)
+    sweep = _swept(quota, objects)
+    surplus = [int(key) for key in sweep.surplus()]
+    assert len(set(surplus)) == len(surplus)
+    sums = Counter[int]()
+    for _, num_bytes, owner in objects:
+        sums[owner] += num_bytes
+    greedy = {owner for owner, num_bytes in sums.items() if num_bytes > share * max_bytes}
+
+    left, after_shares = Counter(sums), Counter(sums)
+    for index in surplus:
+        _, num_bytes, owner = objects[index]
+        if owner not in greedy or after_shares[owner] <= 0.95 * share * max_bytes:
+            assert after_shares.total() > 0.95 * max_bytes, "of others only what is beyond the whole quota"
+        else:
+            after_shares[owner] -= num_bytes
+        left[owner] -= num_bytes
+    kept = [item for index, item in enumerate(objects) if index not in set(surplus)]
+    for owner in greedy:
+        num_kept = sum(item[2] == owner for item in kept)
+        assert left[owner] <= share * max_bytes or num_kept == 1, "one object may be larger than the share"
+    assert left.total() <= max_bytes
+    if sums.total() <= max_bytes:
+        assert {objects[index][2] for index in surplus} <= greedy
+    for index in surplus:
+        rivals = [item for item in kept if item[2] == objects[index][2]]
+        assert all(objects[index][0] <= item[0] for item in rivals), "of each tenant the oldest"
+
+
+def test_a_young_tenant_beyond_its_share_does_not_push_out_older_ones() -> None:
+    objects = [(0, 10, 0)] * 3 + [(100 + index, 10, 1) for index in range(9)]
+    sweep = _swept(Quota(100, 0.5), objects)
+    assert sweep.surplus() == [str(index) for index in range(3, 8)]
+    assert sweep.full_tenants() == {bytes([1]) * 16}
+    assert _swept(Quota(100, 1.0), objects).full_tenants() == frozenset(), "a share of 1 bounds nobody"
+
+
+def test_of_very_many_tenants_those_with_most_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kelp.kv.tiers.objects.sweep._MAX_TRACKED", 20)
+    small = [(index, 1, 10 + index) for index in range(60)]
+    large = [(1000 + index, 10, 1) for index in range(10)]
+    sweep = _swept(Quota(1000, 0.05), [*small[:30], *large, *small[30:]])
+    assert sweep._num_tracked == sum(len(tenant.oldest) for tenant in sweep._tenants.values()) <= 20
+    assert [int(key) for key in sweep.surplus()] == [30, 31, 32, 33, 34, 35]

@@ -78,6 +78,28 @@ def test_the_oldest_objects_leave_when_the_quota_is_exceeded(
     assert len(list(other.tier.refresh())) == 3
 
 
+def test_a_tenant_beyond_its_share_loses_its_oldest_objects_and_pushes_nobody_out(
+    new_host: Callable[..., ObjectRig], other: ObjectRig, bucket: Bucket
+) -> None:
+    modest, greedy = Story(12, 2 * GROUP_BLOCKS, salt="modest"), Story(13, 6 * GROUP_BLOCKS, salt="greedy")
+    other.put_all(modest)
+    other.put_all(greedy)
+    object_bytes = len(bucket.read(bucket.list_keys()[0]))
+
+    host = new_host(max_bytes=7 * object_bytes, tenant_share=4 / 7 + 0.001)
+    host.tier.refresh()
+    assert host.count("num_surplus") == 3
+    assert host.tier.full_tenants == {greedy.tenant}
+    assert host.find(modest) == 2 * GROUP_BLOCKS, "they are older, and within their share"
+    kept = [key for key in bucket.list_keys() if greedy.tenant.hex() in key]
+    assert len(kept) == 3
+    assert any(greedy.names[-1].hex() in key for key in kept)
+
+    host.tier.refresh()
+    assert host.count("num_surplus") == 3
+    assert host.tier.full_tenants == frozenset()
+
+
 def test_a_listing_goes_on_over_many_pages(host: ObjectRig, bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kelp.kv.tiers.objects.upkeep._PAGES_PER_REFRESH", 1)
     story = Story(7, GROUP_BLOCKS)

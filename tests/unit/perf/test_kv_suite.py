@@ -10,7 +10,7 @@ import sys
 import pytest
 from perf.kv import evict, markdown, offload, onboard, rates, synthetic
 from perf.kv.asking import Reply, make_request
-from perf.kv.break_even import MAX_TOKENS, break_even_tokens, fit_line
+from perf.kv.break_even import BreakEven, break_even
 from perf.kv.onboard import Samples, fault_of
 from perf.kv.synthetic_messages import SyntheticResult, SyntheticSpec
 from perf.kv.tier_messages import TierRates
@@ -28,7 +28,7 @@ ISSUE_CASES = {
 
 
 def samples(bring_s: float = 0.1, compute_s: float = 1.0, count: int = 5) -> Samples:
-    cells = [(length, tier) for length in onboard.LENGTHS for tier in onboard.TIERS]
+    cells = [(length, tier) for tier in onboard.TIERS for length in onboard.lengths_of(tier)]
     return Samples({cell: [Pair(bring_s * cell[0] / 512, compute_s * cell[0] / 512)] * count for cell in cells})
 
 
@@ -93,16 +93,46 @@ def test_the_break_even_length_is_where_both_cost_the_same():
     lengths = (512, 2048, 7680)
     bring = {length: 0.1 + 1e-5 * length for length in lengths}
     compute = {length: 0.01 + 1e-4 * length for length in lengths}
-    assert break_even_tokens(bring, compute, 16) == pytest.approx(1000.0)
-    assert fit_line(bring) == pytest.approx((0.1, 1e-5))
+    assert break_even(bring, compute).tokens == pytest.approx(1000.0)
+    assert break_even(bring, compute).bound == ""
 
 
-def test_bringing_that_is_always_faster_pays_from_the_first_block_on():
-    assert break_even_tokens({512: 0.01, 2048: 0.04}, {512: 1.0, 2048: 4.0}, 16) == 16
+def superlinear_s(tokens: float) -> float:
+    return 2e-4 * tokens + 2.5e-7 * tokens**2
 
 
-def test_bringing_that_is_slower_per_token_never_pays():
-    assert break_even_tokens({512: 1.0, 2048: 4.0}, {512: 0.5, 2048: 1.0}, 16) == MAX_TOKENS
+@pytest.mark.parametrize("fixed_s", [0.03, 0.1])
+def test_a_superlinear_curve_moves_the_break_even_length_within_two_measured_ones(fixed_s: float):
+    bring = {length: fixed_s + 1e-5 * length for length in onboard.MEASURED}
+    found = break_even(bring, {length: superlinear_s(length) for length in onboard.MEASURED})
+    assert found.bound == ""
+    below, above = max(n for n in bring if n <= found.tokens), min(n for n in bring if n > found.tokens)
+    assert superlinear_s(below) <= bring[below]
+    assert superlinear_s(above) > bring[above]
+    assert superlinear_s(found.tokens) == pytest.approx(fixed_s + 1e-5 * found.tokens, rel=0.2)
+
+
+def test_a_superlinear_curve_makes_up_no_break_even_length_below_those_measured():
+    bring = {length: 0.012 + 1e-5 * length for length in onboard.MEASURED}
+    compute = {length: superlinear_s(length) for length in onboard.MEASURED}
+    assert break_even(bring, compute) == BreakEven(64, "below")
+
+
+def test_nothing_is_said_beyond_the_measured_lengths():
+    assert break_even({64: 0.01, 2048: 0.04}, {64: 1.0, 2048: 4.0}) == BreakEven(64, "below")
+    assert break_even({64: 1.0, 2048: 4.0}, {64: 0.5, 2048: 1.0}) == BreakEven(2048, "above")
+    assert break_even({64: 0.1, 2048: 4.0}, {64: 0.5, 2048: 1.0}) == BreakEven(2048, "above"), "dearer per token"
+    assert break_even({512: 1.0}, {512: 1.0}) == BreakEven(512, "above")
+
+
+def test_of_several_crossings_the_last_one_counts():
+    bring = {64: 1.0, 128: 3.0, 256: 1.0}
+    assert break_even(bring, {64: 2.0, 128: 2.0, 256: 2.0}) == BreakEven(192)
+
+
+def test_the_object_tier_is_not_asked_for_less_than_a_group():
+    assert onboard.lengths_of(Tier.OBJECT) == (128, 256, 512, 2048, 7680)
+    assert onboard.lengths_of(Tier.HOST) == (64, 128, 256, 512, 2048, 7680)
 
 
 @pytest.mark.parametrize(("slower", "is_ok"), [(1.05, True), (1.06, False)])
@@ -120,11 +150,11 @@ def test_the_bar_of_the_99th_percentile_binds_what_the_interval_excludes(best: f
     assert verdict.is_ok is is_ok
 
 
-def test_disk_reads_have_a_bar_against_reads_into_the_same_memory_alone():
-    found = TierRates({"g3_read": {"tier": [0.7] * 5, "odirect": [1.0] * 5, "odirect_elsewhere": [1.0] * 5}})
+def test_disk_reads_have_a_bar_against_reads_into_either_memory():
+    found = TierRates({"g3_read": {"tier": [0.7] * 5, "odirect": [0.8] * 5, "odirect_elsewhere": [1.0] * 5}})
     rows = {(row.case, row.metric): row for row in rates.measurements(found)}
-    assert not judge(rows["g3_read", "gbps/odirect"], True).is_ok
-    assert judge(rows["g3_read", "gbps/odirect_elsewhere"], True).is_ok
+    assert judge(rows["g3_read", "gbps/odirect"], True).is_ok
+    assert not judge(rows["g3_read", "gbps/odirect_elsewhere"], True).is_ok
     assert judge(rows["g4_read", "gbps/boto3_x8"], True).reason == "nothing was measured"
 
 
@@ -141,14 +171,15 @@ def test_specs_and_results_survive_the_pipe():
 
 def test_synthetic_seconds_are_compared_with_the_stated_rate():
     result = SyntheticResult()
-    for length in synthetic.LENGTHS:
+    for length in synthetic.MEASURED:
         for _ in range(5):
             result.add("g2", length, length / 100_000)
     rows = {(row.case, row.metric): row for row in synthetic.measurements(result)}
     row = rows["onboard_8b_2048", "seconds_g2/recompute"]
     assert row.comparison is not None and row.comparison.ratio is not None
     assert row.comparison.ratio.value == pytest.approx(10.0)
-    assert rows["break_even_8b", "tokens_g2"].value == 16
+    found = rows["break_even_8b", "tokens_g2"]
+    assert (found.value, found.unit) == (64, "tokens at 10000/s, or below")
     assert rows["break_even_8b", "tokens_g4"].value is None
 
 
@@ -170,6 +201,12 @@ def test_the_tables_of_the_documentation_have_a_place_for_every_row_of_a_run():
     for row in required:
         assert any(f"`{row.case}`" in line for line in empty)
     assert "| `onboard_2048` | 200 | 100: 2.00 (1.90-2.10) |" in "\n".join(full)
+
+
+@pytest.mark.parametrize(("bound", "shown"), [("", "100"), ("below", "below 100"), ("above", "above 100")])
+def test_the_tables_say_on_which_side_of_the_measured_lengths_it_breaks_even(bound: str, shown: str):
+    row = {"case": "break_even", "metric": "tokens_g2", "value": 100.0, "unit": BreakEven(100, bound).unit("tokens")}
+    assert f"| `break_even` | {shown} |  |  |" in list(markdown.tables(markdown.read_rows([json.dumps(row)])))
 
 
 def test_a_part_that_breaks_is_explained_and_leaves_the_others_alone(tmp_path, capsys):

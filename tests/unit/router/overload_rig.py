@@ -73,8 +73,14 @@ class Told:
     placement: Placement | None = None
     submitted_ns: int = 0
     refusal: str = ""
+    first_s: float = float("inf")
     end_s: float = float("inf")
     over: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def ttft_s(self) -> float:
+        """From its arrival to its first token."""
+        return self.first_s - self.asked.at_s
 
     @property
     def is_good(self) -> bool:
@@ -129,6 +135,7 @@ class _Fleet:
 
     def on_first_token(self, sequence: SimSequence) -> None:
         told: Told = sequence.owner  # type: ignore[assignment]
+        told.first_s = self.agenda.now_s
         timings = RequestTimings(
             arrival_ns=told.submitted_ns,
             first_scheduled_ns=int(sequence.first_scheduled_s * 1e9),

@@ -80,3 +80,16 @@ def test_an_idle_worker_gets_even_what_is_predicted_to_be_late() -> None:
     hurried = Asked(SECONDS + 30.0, 800, 4, deadline_s=0.05)
     told = play([*arrivals(4.0, SECONDS), hurried])
     assert told[-1].asked is hurried and not told[-1].refusal
+
+
+def test_with_a_target_for_the_first_token_requests_that_would_miss_it_are_refused_and_others_keep_it() -> None:
+    asked = arrivals(2 * CAPACITY_PER_S, SECONDS, deadline_s=600.0)
+    patient, hurried = play(asked), play(asked, ttft_target_s=1.0)
+    assert not any(each.refusal for each in patient)
+    assert sum(each.ttft_s > 1.0 for each in patient) > 0.5 * len(patient)
+    refusals = [each.refusal for each in hurried if each.refusal]
+    assert refusals and all(re.match(r"queue\.ttft_target_s: .*; Retry-After: \d+$", text) for text in refusals)
+    served = [each for each in hurried if not each.refusal]
+    assert sum(each.ttft_s <= 1.1 for each in served) >= 0.95 * len(served)
+    in_time = sum(each.end_s <= SECONDS for each in hurried) / SECONDS
+    assert in_time >= 0.85 * CAPACITY_PER_S, "workers are kept busy all the same"

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from kelp.core.schema import LLM, PREPROCESS
-from kelp.supervisor.connections import break_client_connections
+from kelp.supervisor.connections import break_client_connections, has_clients
 from kelp.supervisor.dead_router import free_streams
 
 _SERVER = """
@@ -52,6 +52,20 @@ def test_a_client_hears_at_once_that_its_connection_has_broken_and_a_model_keeps
         assert break_client_connections(psutil.Process(server.pid)) == 1
         assert client.recv(1) == b""
     assert [_line(server), _line(server)] == ["gone", "b'x'"]
+
+
+def test_connections_of_models_and_our_own_are_not_those_of_clients(server: subprocess.Popen[str]) -> None:
+    with socket.create_connection(("127.0.0.1", int(_line(server))), timeout=30):
+        assert _line(server) == "connected"
+        assert not has_clients(psutil.Process(server.pid))
+
+
+def test_a_connection_of_another_process_is_that_of_a_client(server: subprocess.Popen[str]) -> None:
+    dial = f"import socket; s = socket.create_connection(('127.0.0.1', {_line(server)})); input()"
+    with subprocess.Popen([sys.executable, "-c", dial], stdin=subprocess.PIPE) as client:
+        assert _line(server) == "connected"
+        assert has_clients(psutil.Process(server.pid))
+        client.kill()
 
 
 def test_only_the_death_of_the_router_breaks_connections(server: subprocess.Popen[str]) -> None:

@@ -329,7 +329,7 @@ def test_what_is_computed_faster_than_asked_for_is_not_asked_for(tmp_path: Path)
             for number in range(4):
                 await worker.run([number + 1] * (20 * BLOCK_SIZE), max_tokens=1)
             rates = worker.tiers._onboarder._rates
-            await until(lambda: rates.recompute_s(1) is not None, "a measured rate")
+            await until(lambda: rates.recompute(1) is not None, "a measured rate")
             rates.note_call(10.0)
             num_asked = host.num_calls(Onboard)
             await worker.run()

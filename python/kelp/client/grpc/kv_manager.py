@@ -1,7 +1,8 @@
 """The control channel to KV block managers: unary calls of their model.
 
 Operations that are ready at the same moment travel together: a call costs more than an operation. What may take a while
-to be answered (`Store`, `Onboard`, `Await`, `Join`, `Clear`) is sent alone, because a batch is answered as a whole.
+to be answered (`Store`, `Onboard`, `Await`, `Match`, `Join`, `Clear`) is sent alone, because a batch is answered as a
+whole.
 """
 
 from __future__ import annotations

@@ -128,7 +128,9 @@ class StoreParts:
 
 
 class ObjectCatchingUp(CatchingUp):
-    """Groups of the host tier and of the disk into the object store, one at a time, while its quota has room.
+    """Groups of the host tier and of the disk into the object store, one at a time, while there is room for them.
+
+    Room in its quota, and in their tenant's share of that.
 
     Attributes:
         is_busy: Whether a group is looked at or on its way.
@@ -158,6 +160,8 @@ class ObjectCatchingUp(CatchingUp):
         for record in records:
             if record.position % size == size - 1 and record.sequence_hash not in self._names:
                 await self._turn()
+                if record.tenant in self._objects.full_tenants:
+                    continue
                 start_s, self.is_busy = clock.monotonic_s(), True
                 await to_its_end(self._catch_up(record.sequence_hash))
                 self.is_busy = False

@@ -48,6 +48,11 @@ class LeaseTable:
         """Live leases."""
         return len(self._leases)
 
+    @property
+    def num_slots(self) -> int:
+        """Of all of them; a slot counts for each."""
+        return sum(len(lease.slots) for lease in self._leases.values())
+
     def open(self, key: WorkerKey, lease_id: int) -> Lease:
         """A new lease without slots.
 

@@ -12,7 +12,7 @@ from typing import Any
 from kelp.core.config_kv import DiskTierConfig, ObjectTierConfig
 from kelp.core.errors import KelpError
 from kelp.core.kv_events import KVEventSink
-from kelp.core.metrics import KV_TIER_BLOCKS, KV_TIER_QUEUE
+from kelp.core.metrics import KV_TIER_BLOCKS, KV_TIER_BYTES, KV_TIER_QUEUE
 from kelp.core.types import SequenceHash, Tier
 from kelp.kv.manager.books import BookParts, TierBooks
 from kelp.kv.manager.cascade import DiskWrites, ObjectWrites, WriteAdmission
@@ -114,7 +114,8 @@ class StoreSide:
         sink: KVEventSink,
         config: ObjectTierConfig,
     ) -> None:
-        host, names = above.host, ObjectNames(TierEvents(Tier.OBJECT, sink))
+        host = above.host
+        names = ObjectNames(TierEvents(Tier.OBJECT, sink), host.stats)
         thread = TierThread("kelp-kv-object")
         self._objects = objects
         self._names = names
@@ -156,6 +157,7 @@ class StoreSide:
         """Show how it stands."""
         stats.objects(self._objects)
         stats.set(KV_TIER_BLOCKS, len(self._names), tier="object", state=SlotState.RESIDENT.value)
+        stats.set(KV_TIER_BYTES, len(self._names) * self._block_bytes, tier="object")
         stats.set(KV_TIER_QUEUE, self.writes.num_waiting, tier="object", direction="write")
 
     async def _refresh(self, on_refreshed: Callable[[], Awaitable[None]]) -> None:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 from kelp.core.errors import KelpError
-from kelp.core.kv_manager_messages import Leased, Onboard
-from kelp.core.kv_manager_values import SlotRef
+from kelp.core.kv_manager_messages import Leased, Match, Matched, Onboard
+from kelp.core.kv_manager_values import SlotRef, TierRun
 from kelp.core.metrics import KV_TIER_HITS, KV_TIER_MISSES
 from kelp.core.types import SequenceHash, Tier, WorkerKey
 from kelp.kv.manager.books import TierBooks
 from kelp.kv.manager.host import HostTier
 from kelp.kv.manager.leases import Lease
 from kelp.kv.manager.promotions import Promotions
-from kelp.kv.manager.rates import TierRates, num_worth_bringing
+from kelp.kv.manager.rates import Recompute, TierRates, num_worth_bringing
 from kelp.kv.manager.threads import TierThread
 from kelp.kv.tiers.base import BlockRecord, ObjectTier
 
@@ -29,11 +30,13 @@ class Bringing:
         num_blocks: Leading blocks that will come.
         ready: Of those, the leading ones that can be read.
         tiers: Where each of them was found.
+        start_s: When it was asked for.
     """
 
     def __init__(self, host: HostTier, lease: Lease, tiers: Sequence[Tier], deadline_s: float) -> None:
         self._host = host
         self.lease = lease
+        self.start_s = host.clock.monotonic_s()
         self.num_blocks = len(tiers)
         self.ready: list[SlotRef] = []
         self.tiers = tuple(tiers)
@@ -75,8 +78,15 @@ class Bringing:
 
     def answer(self, num_known: int) -> Leased:
         """How it stands."""
-        counts = [self.tiers[: self.num_blocks].count(tier) for tier in Tier]
-        return Leased(self.num_blocks, tuple(self.ready[num_known : self.num_blocks]), tuple(counts))
+        tiers = self.tiers[: self.num_blocks]
+        counts = [tiers.count(tier) for tier in Tier]
+        return Leased(self.num_blocks, tuple(self.ready[num_known : self.num_blocks]), tuple(counts), _runs(tiers))
+
+
+def _runs(tiers: Sequence[Tier]) -> tuple[TierRun, ...]:
+    if list(tiers) == sorted(tiers):
+        return ()
+    return tuple(TierRun(tier, len(list(run))) for tier, run in itertools.groupby(tiers))
 
 
 class _Place:
@@ -152,8 +162,9 @@ class Onboarding:
         lease = self._host.leases.open(key, operation.lease_id)
         try:
             hashes = [SequenceHash(name) for name in operation.hashes]
-            tiers = await self._match(hashes, operation)
-            num_blocks = num_worth_bringing(tiers, len(hashes), operation.recompute_s, self._rates)
+            tiers = await self._match(hashes, operation.first_position, operation.tenant)
+            recompute = Recompute(len(hashes), operation.recompute_s, operation.quadratic_share)
+            num_blocks = num_worth_bringing(tiers, recompute, self._rates)
             deadline_s = self._host.clock.monotonic_s() + operation.timeout_s
             bringing = Bringing(self._host, lease, tiers[:num_blocks], deadline_s)
             self._count(bringing, len(hashes) - len(tiers))
@@ -168,6 +179,22 @@ class Onboarding:
             self._live[lease] = bringing
         return answer
 
+    def note_read(self, leases: Sequence[Lease], num_blocks: int, seconds: float) -> None:
+        """What a worker says of its READs under leases that it gives back; more than these allow is not believed."""
+        now_s = self._host.clock.monotonic_s()
+        start_s = min((self._live[lease].start_s for lease in leases if lease in self._live), default=now_s)
+        num_blocks = min(num_blocks, sum(len(lease.slots) for lease in leases))
+        seconds = min(seconds, now_s - start_s)
+        if num_blocks and seconds > 0:
+            self._rates.observe(Tier.HOST, num_blocks, seconds)
+            self._host.stats.moved(Tier.HOST, "read", num_blocks * self._host.block_bytes, seconds)
+
+    async def match(self, operation: Match) -> Matched:
+        """Where the longest known run lies now; nothing is held, and nothing counts as used."""
+        hashes = [SequenceHash(name) for name in operation.hashes]
+        found = await self._match(hashes, operation.first_position, operation.tenant)
+        return Matched(tuple(found.count(tier) for tier in Tier))
+
     def sweep(self) -> None:
         """Forget what is over; give up what is late."""
         now_s = self._host.clock.monotonic_s()
@@ -175,16 +202,15 @@ class Onboarding:
         for bringing in self._live.values():
             bringing.give_up_late(now_s)
 
-    async def _match(self, hashes: Sequence[SequenceHash], operation: Onboard) -> list[Tier]:
-        """Where the leading known blocks lie; those of the host tier have been verified."""
+    async def _match(self, hashes: Sequence[SequenceHash], first_position: int, tenant: bytes | None) -> list[Tier]:
+        """Where the leading known blocks lie; those of the host tier have been verified. No tenant: no store."""
         local = self._local_run(hashes, 0)
         await self._host.verify(hashes[: len(local)])
         local = self._local_run(hashes, 0)
         begin = len(local)
-        if begin == len(hashes) or self._finder is None:
+        if begin == len(hashes) or self._finder is None or tenant is None:
             return local
-        first_position = operation.first_position + begin
-        num_found = await self._finder.find(hashes[begin:], first_position, operation.tenant)
+        num_found = await self._finder.find(hashes[begin:], first_position + begin, tenant)
         if not num_found:
             return self._local_run(hashes, 0)
         found = [self._local_tier(name) or Tier.OBJECT for name in hashes[begin : begin + num_found]]

@@ -21,6 +21,7 @@ from kelp.core.kv_manager_messages import (
     GetStats,
     Join,
     Joined,
+    Match,
     Onboard,
     Operation,
     Pin,
@@ -126,6 +127,8 @@ class KvBlockManager:
             return await self._answer_worker(operation)
         if self._space is None:
             raise NotFound("no worker has joined the KV block manager yet: its tiers are not open")
+        if isinstance(operation, Match):
+            return await self._space.onboarding.match(operation)
         if isinstance(operation, Pin):
             names = [SequenceHash(name) for name in operation.hashes]
             return Done(self._space.pin(names, operation.ttl_s))
@@ -208,13 +211,12 @@ class KvBlockManager:
 def _release(space: Space, member: Member, operation: Release) -> Done:
     for name in operation.corrupt:
         space.host.found_corrupt(SequenceHash(name))
-    num_ended = 0
-    for lease_id in operation.lease_ids:
-        lease = space.host.leases.get(member.key, lease_id)
-        if lease is not None:
-            space.host.leases.end(lease)
-            num_ended += 1
-    return Done(num_ended)
+    found = [space.host.leases.get(member.key, lease_id) for lease_id in dict.fromkeys(operation.lease_ids)]
+    leases = [lease for lease in found if lease is not None]
+    space.onboarding.note_read(leases, operation.num_read, operation.read_s)
+    for lease in leases:
+        space.host.leases.end(lease)
+    return Done(len(leases))
 
 
 def _difference(ours: SpaceRecord, theirs: SpaceRecord) -> str:

@@ -65,7 +65,7 @@ class Space:
         self.members = Members(agent, block_bytes, parts.clock)
         self._reads = PoolReads(agent, self.members, block_bytes, parts.clock)
         self.stores = Stores(self.host, self.members, self._reads, self._offer_below)
-        rates = TierRates(block_bytes)
+        rates = TierRates(block_bytes, parts.clock)
         above = Above(self.host, PromotionParts(self.host, rates))
         self._disk = DiskSide(tiers.disk, above, books, config.disk_tier) if tiers.disk is not None else None
         self._store: StoreSide | None = None
@@ -187,6 +187,8 @@ class Space:
         }  # fmt: skip
         for kind, count in held.items():
             stats.set(KV_MANAGER_HELD, count, kind=kind)
+        stats.set(KV_TIER_QUEUE, self.stores.num_coming, tier="host", direction="write")
+        stats.set(KV_TIER_QUEUE, self.host.leases.num_slots, tier="host", direction="read")
         for side in self._below:
             side.report(stats)
             tier = side.promotions.tier.name.lower()

@@ -58,6 +58,11 @@ class Stores:
         """Stores that are being read or wait for `Commit`."""
         return len(self._pending)
 
+    @property
+    def num_coming(self) -> int:
+        """Blocks that are being read, or are about to be."""
+        return len(self._coming)
+
     async def store(self, member: Member, operation: Store) -> Stored:
         """Read what is wanted of the offered blocks.
 

@@ -135,6 +135,10 @@ class ObjectTier(Protocol):
         """What the last listing found below the prefix, of all hosts and models."""
 
     @property
+    def full_tenants(self) -> frozenset[bytes]:
+        """Whose share had no room at the last listing: what was missed is not offered again for them."""
+
+    @property
     def group_blocks(self) -> int:
         """Blocks per object; group *i* of a sequence is its blocks `[i * group_blocks, (i + 1) * group_blocks)`."""
 

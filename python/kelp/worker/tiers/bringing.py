@@ -105,6 +105,14 @@ class Bringing:
         await self._reads.stop()
 
     async def _bring(self, begin: int, references: Sequence[SlotRef]) -> None:
+        loop, traffic = asyncio.get_running_loop(), self._lease.traffic
+        traffic.begin(loop.time())
+        try:
+            await self._read_and_check(begin, references)
+        finally:
+            traffic.end(loop.time(), self._done.get(begin, 0))
+
+    async def _read_and_check(self, begin: int, references: Sequence[SlotRef]) -> None:
         end = begin + len(references)
         block_ids = self._goods.block_ids[begin:end]
         ended_s = await self._reads.read([reference.slot for reference in references], block_ids)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kelp.worker.tiers.link import Link
+from kelp.worker.tiers.traffic import ReadTraffic
 
 _CLOCK_DRIFT = 0.01
 """The clocks of two machines are assumed to run at rates that differ by less than this."""
@@ -22,12 +23,14 @@ class Lease:
 
     Attributes:
         valid_until_s: Monotonic time until which its slots hold their blocks for certain.
+        traffic: What was READ under it.
     """
 
     lease_id: int
     link: Link
     valid_until_s: float = 0.0
     is_lost: bool = False
+    traffic: ReadTraffic = field(default_factory=ReadTraffic)
 
     def renewed(self, sent_s: float) -> None:
         """What was sent then has been answered: the lease lived when it arrived, and for the ttl from then on."""

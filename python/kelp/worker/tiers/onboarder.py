@@ -32,6 +32,7 @@ _READ_BYTES = 16 * 1024 * 1024
 _AWAIT_MARGIN_S = 1.0
 """`Await` is answered after half a second at the latest."""
 _MAX_BLOCKS = 16384
+_MAX_RECOMPUTE_S = 86400.0
 _NOBODY = tenant_digest("")
 
 
@@ -123,9 +124,10 @@ class Onboarder:
         names = sequence_hashes(request.prompt, self._block_size, request.seed_hash)[:num_blocks]
         first = self.executor.count_cached(names)
         num_tokens = (num_blocks - first) * self._block_size
-        is_wanted = config.onboard == "always" or self._rates.is_worth_asking(num_tokens)
         num_hoped = num_blocks if known_blocks is None else min(num_blocks, known_blocks)
-        if num_hoped - first < config.min_onboard_blocks or not is_wanted:
+        if num_hoped - first < config.min_onboard_blocks:
+            return None
+        if config.onboard != "always" and not self._rates.is_worth_asking(num_tokens, first * self._block_size):
             return None
         lease = self._parts.membership.leases.open(link)
         asking: asyncio.Task[Leased | None] = asyncio.ensure_future(self._onboard(lease, request, names[first:], first))
@@ -146,15 +148,18 @@ class Onboarder:
         self, lease: Lease, request: ExecutorRequest, names: Sequence[SequenceHash], first: int
     ) -> Leased | None:
         config, clock = self._parts.config, self._parts.clock
-        recompute_s = None if config.onboard == "always" else self._rates.recompute_s(len(names) * self._block_size)
+        recompute = None
+        if config.onboard != "always":
+            recompute = self._rates.recompute(len(names) * self._block_size, first * self._block_size)
         operation = Onboard(
             *self._parts.key,
             lease_id=lease.lease_id,
             tenant=request.tenant or _NOBODY,
             hashes=tuple(names),
             first_position=first,
-            recompute_s=recompute_s or 0.0,
+            recompute_s=min(recompute.seconds, _MAX_RECOMPUTE_S) if recompute is not None else 0.0,
             timeout_s=config.onboard_timeout_s,
+            quadratic_share=recompute.quadratic_share if recompute is not None else 0.0,
         )
         sent_s = clock.monotonic_s()
         try:
@@ -190,7 +195,8 @@ class Onboarder:
         self._keep(asyncio.ensure_future(self._send_release(lease, corrupt)))
 
     async def _send_release(self, lease: Lease, corrupt: Sequence[SequenceHash]) -> None:
-        release = Release(*self._parts.key, lease_ids=(lease.lease_id,), corrupt=tuple(corrupt))
+        num_read, read_s = lease.traffic.num_blocks, lease.traffic.busy_s
+        release = Release(*self._parts.key, (lease.lease_id,), tuple(corrupt), num_read, read_s)
         try:
             await self._parts.membership.call(lease.link, release, self._parts.config.call_timeout_s)
         except KelpError:

@@ -18,7 +18,7 @@ from typing import Protocol
 from kelp.core.clock import Clock
 from kelp.core.errors import KelpError
 from kelp.core.kv_manager_messages import Leased
-from kelp.core.types import SequenceHash
+from kelp.core.types import SequenceHash, Tier
 from kelp.executor.base import Admitted, ExecutorEvent, ExecutorRequest, Reserved, TieredExecutor
 from kelp.worker.tiers.bringing import Bringing, Goods, outcome_of
 from kelp.worker.tiers.leases import Lease
@@ -175,7 +175,7 @@ class Onboarding:
         self._desk.count(len(self._offer.names) - num_blocks, "missed")
         size = self._desk.executor.layout.block_size
         begin = num_cached - self._offer.first
-        by_tier = _by_tier(self._offer.leased.tiers, begin, begin + num_brought)
+        by_tier = _by_tier(self._offer.leased, begin, begin + num_brought)
         self._account.note_time(onboard_done_ns=self._desk.clock.wall_ns())
         self._account.note_usage(cached_tokens=num_blocks * size, onboarded_blocks=num_brought, onboarded_tiers=by_tier)
         self._answer(num_blocks)
@@ -191,10 +191,10 @@ class Onboarding:
         self._desk.executor.end_import(self.request.request_id)
 
 
-def _by_tier(tiers: Sequence[int], begin: int, end: int) -> tuple[int, ...]:
-    """How many of the leased blocks from `begin` to `end` come from each tier; the faster are taken to lie first."""
-    counts, start = [], 0
-    for count in tiers:
-        counts.append(max(0, min(start + count, end) - max(start, begin)))
+def _by_tier(leased: Leased, begin: int, end: int) -> tuple[int, ...]:
+    """How many of the leased blocks from `begin` to `end` come from each tier."""
+    counts, start = [0] * len(Tier), 0
+    for tier, count in [(run.tier, run.num_blocks) for run in leased.runs] or enumerate(leased.tiers):
+        counts[tier] += max(0, min(start + count, end) - max(start, begin))
         start += count
     return tuple(counts)

@@ -39,6 +39,7 @@ from kelp.kv.tiers.objects.messages import (
 from kelp.kv.tiers.objects.names import KeySpace
 from kelp.kv.tiers.objects.process import StoreProcess
 from kelp.kv.tiers.objects.runs import GroupRun, group_ends, group_runs, spread
+from kelp.kv.tiers.objects.sweep import Quota
 from kelp.kv.tiers.objects.upkeep import Upkeep
 from kelp.kv.tiers.sealing import Sealer
 
@@ -57,6 +58,7 @@ class S3ObjectTier:
         space: `kv.tiers.records.space_digest`.
         arena: The host tier's memory, to be mapped by the process.
         key: Of encryption, `kv.tiers.sealing.KEY_BYTES` bytes; None for none.
+        tenant_share: Of `config.max_bytes`, most that one tenant's objects may take.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class S3ObjectTier:
         arena: ArenaMap,
         key: bytes | None = None,
         clock: Clock | None = None,
+        tenant_share: float = 1.0,
     ) -> None:
         clock = clock or SystemClock()
         self.group_blocks = max(1, config.object_bytes // arena.block_bytes)
@@ -81,7 +84,8 @@ class S3ObjectTier:
         )
         breaker = CircuitBreaker(config.max_failures, config.retry_after_s, clock)
         self._gate = StoreGate(self._process, breaker, config.timeout_s)
-        self._upkeep = Upkeep(self._gate, self._keys, self._known, config.max_bytes, clock)
+        quota = Quota(config.max_bytes, tenant_share)
+        self._upkeep = Upkeep(self._gate, self._keys, self._known, quota, clock)
 
     @property
     def is_available(self) -> bool:
@@ -113,6 +117,11 @@ class S3ObjectTier:
     def process_id(self) -> int | None:
         """Of the object-store process, while there is one."""
         return self._process.pid
+
+    @property
+    def full_tenants(self) -> frozenset[bytes]:
+        """See `base.ObjectTier`."""
+        return self._upkeep.full_tenants
 
     def wait_ready(self, timeout_s: float) -> bool:
         """Wait until the process is at work; False if it is not by then."""

@@ -1,8 +1,8 @@
 """Listing, quota and deletion: what keeps the store in bounds and clears tenants out of it.
 
 A quota holds for everything below the prefix, of all models and hosts, so that what nobody reads any more (an older
-model, another layout) makes room too. Clearing a tenant removes its objects of all models; clearing everything removes
-this model's only.
+model, another layout) makes room too; a tenant's share of it holds for its objects of all models. Clearing a tenant
+removes its objects of all models; clearing everything removes this model's only.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from kelp.kv.tiers.objects.gate import StoreGate
 from kelp.kv.tiers.objects.known import MAX_GROUPS, KnownGroups
 from kelp.kv.tiers.objects.messages import Delete, DeleteDone, List, ListDone, Spaces, SpacesDone
 from kelp.kv.tiers.objects.names import KeySpace
-from kelp.kv.tiers.objects.sweep import Sweep
+from kelp.kv.tiers.objects.sweep import Quota, Sweep
 
 _PAGES_PER_REFRESH = 16
 _KEYS_PER_DELETE = 1000
@@ -26,16 +26,17 @@ _UNSURE_S = 60.0
 class Upkeep:
     """See the module docstring.
 
-    Args:
-        max_bytes: 0 for no quota.
+    Attributes:
+        full_tenants: Whose share had no room for one more group when the store was last listed.
     """
 
-    def __init__(self, gate: StoreGate, keys: KeySpace, known: KnownGroups, max_bytes: int, clock: Clock) -> None:
+    def __init__(self, gate: StoreGate, keys: KeySpace, known: KnownGroups, quota: Quota, clock: Clock) -> None:
         self._gate = gate
         self._keys = keys
         self._known = known
-        self._max_bytes = max_bytes
+        self._quota = quota
         self._clock = clock
+        self.full_tenants: frozenset[bytes] = frozenset()
         self._sweep: Sweep | None = None
         self._unsure: dict[bytes, float] = {}
         self._to_forget: dict[bytes | None, float] = {}
@@ -126,7 +127,7 @@ class Upkeep:
     def _list_page(self) -> bool:
         """List one page; whether it was the last."""
         if self._sweep is None:
-            self._sweep = Sweep()
+            self._sweep = Sweep(self._quota)
             self._known.start_listing()
         sweep = self._sweep
         try:
@@ -139,7 +140,7 @@ class Upkeep:
             name = self._keys.parse(listed.key)
             if name is None:
                 continue
-            sweep.add(listed.key, listed.num_bytes, listed.modified_s)
+            sweep.add(listed, name.tenant)
             if name.is_usable and len(sweep.usable) < MAX_GROUPS:
                 sweep.usable[name.last] = name.tenant
         sweep.token = page.token
@@ -156,7 +157,8 @@ class Upkeep:
             if last not in self._known:
                 self._known.add(tenant, last)
         self._known.keep(sweep.usable)
-        surplus = sweep.surplus(self._max_bytes)
+        self.full_tenants = sweep.full_tenants()
+        surplus = sweep.surplus()
         for key in surplus:
             name = self._keys.parse(key)
             if name is not None and name.is_usable:
