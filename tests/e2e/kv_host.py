@@ -15,6 +15,7 @@ from prompts import long_text
 
 from kelp.core.errors import WorkerLost
 from kelp.core.hashing import seed_hash, sequence_hashes
+from kelp.core.types import SequenceHash
 from s3_server import REGION, S3Server
 from support.kv_stats import KvStats, num_in_memory, stats_of, wait_nothing_held, wait_stats
 from support.llm_client import Answer
@@ -132,25 +133,29 @@ class KvHost:
         assert cached % BLOCK_TOKENS == 0
         return cached // BLOCK_TOKENS
 
-    def have_computed(self, reference: Expected, num_blocks: int) -> int:
+    def have_computed(self, reference: Expected, num_blocks: int, cache_salt: str = "") -> int:
         """Ask for the first blocks of the reference's prompt; returns how many were not computed."""
-        answer = self.ask(reference.prompt_ids[: num_blocks * BLOCK_TOKENS + 1], 1)
+        answer = self.ask(reference.prompt_ids[: num_blocks * BLOCK_TOKENS + 1], 1, cache_salt=cache_salt)
         return answer.last.number("cached_tokens") // BLOCK_TOKENS
 
-    def have_stored(self, reference: Expected, num_blocks: int) -> None:
+    def names(self, reference: Expected, num_blocks: int, cache_salt: str = "") -> list[SequenceHash]:
+        """Of the prompt's first blocks."""
+        (model_id,) = {record.layout.model_id for record in self.server.records().values()}
+        tokens = reference.prompt_ids[: num_blocks * BLOCK_TOKENS]
+        return sequence_hashes(tokens, BLOCK_TOKENS, seed_hash(model_id, cache_salt=cache_salt))
+
+    def have_stored(self, reference: Expected, num_blocks: int, cache_salt: str = "") -> None:
         """Wait until the prompt's first blocks are in memory; what did not arrive there is computed again.
 
         A worker offers blocks for as long as it has them; a pool of few blocks, on busy cores, may evict some before.
         """
-        (model_id,) = {record.layout.model_id for record in self.server.records().values()}
-        tokens = reference.prompt_ids[: num_blocks * BLOCK_TOKENS]
-        names = sequence_hashes(tokens, BLOCK_TOKENS, seed_hash(model_id))
+        names = self.names(reference, num_blocks, cache_salt)
         for _ in range(3):
             with contextlib.suppress(AssertionError):
                 wait_until(lambda: num_in_memory(self.server, names) == num_blocks, "blocks in memory", 20.0)
                 return
             self.flood_pool()
-            self.have_computed(reference, num_blocks)
+            self.have_computed(reference, num_blocks, cache_salt)
         raise AssertionError(f"{num_in_memory(self.server, names)} of {num_blocks} blocks are in memory")
 
     def ask(self, prompt_ids: Sequence[int], max_tokens: int, **fields: object) -> Answer:

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 import pytest
 from hf_reference import Expected, reference_answers
 from kv_host import BLOCK_BYTES, GROUP_BLOCKS, KvHost, reusable_blocks, store_settings
+from kv_spoil import spoil_in_store, spoil_on_disk
 from kv_storm import NUM_CLIENTS, Case, Storm, storm_cases
 
-from s3_server import S3Server, aws_environment, s3_server
+from s3_server import SECRET_KEY, S3Server, aws_environment, s3_server
 from support.kv_stats import wait_nothing_held, wait_stats
 from support.object_rig import Bucket
+from support.secrets_kept import told_by
 from support.serving import MODEL
 from support.waiting import wait_until
 
@@ -27,6 +29,10 @@ NUM_STORED = 10
 """Of the mixed prompt's blocks, those that the first host computes."""
 SMALL = 40
 """Blocks of a host tier that a storm overflows."""
+SMALL_DISK = {"disk_tier.max_bytes": 120 * BLOCK_BYTES}
+"""The first host's: a storm overflows it, what is computed before does not."""
+SPOILT, SPOILT_BLOCK = "spoilt", 9
+"""A tenant of whose blocks this one, the second of its group, is damaged on disk and in the store."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,7 @@ class Sites:
 
     first: KvHost
     second: KvHost
+    bucket: Bucket
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +67,10 @@ def sites(
         sites = Sites(
             KvHost(tmp_path_factory.mktemp("first"), store),
             KvHost(tmp_path_factory.mktemp("second"), store, is_isolated=True),
+            bucket,
         )
         try:
-            sites.first.start(160)
+            sites.first.start(160, **SMALL_DISK)
             yield sites
             sites.first.stop()
             sites.second.stop()
@@ -75,22 +83,25 @@ def sites(
 @pytest.fixture(scope="module")
 def computed(sites: Sites, expected: dict[str, Expected]) -> Sites:
     """The first host has computed and stored what the tests are about."""
-    assert sites.first.check(expected[PROMPT]) == 0
-    sites.first.have_stored(expected[PROMPT], reusable_blocks(expected[PROMPT]))
+    for salt in ("", SPOILT):
+        assert sites.first.check(expected[PROMPT], cache_salt=salt) == 0
+        sites.first.have_stored(expected[PROMPT], reusable_blocks(expected[PROMPT]), salt)
     assert sites.first.have_computed(expected[MIXED], NUM_STORED) == 0
     sites.first.have_stored(expected[MIXED], NUM_STORED)
-    num_blocks = reusable_blocks(expected[PROMPT]) + NUM_STORED
+    num_blocks = 2 * reusable_blocks(expected[PROMPT]) + NUM_STORED
     wait_stats(sites.first.server, "all in memory and on disk", resident_host=num_blocks, resident_disk=num_blocks)
-    num_grouped = reusable_blocks(expected[PROMPT]) // GROUP_BLOCKS * GROUP_BLOCKS + NUM_STORED
+    num_grouped = 2 * (reusable_blocks(expected[PROMPT]) // GROUP_BLOCKS * GROUP_BLOCKS) + NUM_STORED
     wait_stats(sites.first.server, "whole groups in the store", written_object=num_grouped * BLOCK_BYTES)
     return sites
 
 
 @pytest.fixture(scope="module")
-def restarted(computed: Sites) -> KvHost:
+def restarted(computed: Sites, expected: dict[str, Expected]) -> KvHost:
     """The first host after all its processes were killed; a host tier of another size begins empty."""
+    names = computed.first.names(expected[PROMPT], SPOILT_BLOCK + 1, SPOILT)
     computed.first.kill()
-    computed.first.start(SMALL)
+    spoil_on_disk(computed.first.disk_folder, names[SPOILT_BLOCK], seed=4)
+    computed.first.start(SMALL, **SMALL_DISK)
     return computed.first
 
 
@@ -116,11 +127,22 @@ def test_an_evicted_prompt_comes_back_from_the_host_tier(computed: Sites, expect
 
 def test_after_everything_was_killed_the_disk_has_it(restarted: KvHost, expected: dict[str, Expected]) -> None:
     num_blocks = reusable_blocks(expected[PROMPT])
-    before = wait_stats(restarted.server, "the disk's index", resident_disk=num_blocks + NUM_STORED)
+    before = wait_stats(restarted.server, "the disk's index", resident_disk=2 * num_blocks + NUM_STORED)
     assert before.resident("host") == 0
     assert restarted.check(expected[PROMPT]) == num_blocks
     after = wait_nothing_held(restarted.server)
     assert [after.hits(tier) for tier in ("host", "disk", "object")] == [0, num_blocks, 0]
+    restarted.server.wait_quiet()
+
+
+def test_a_block_whose_bytes_were_flipped_on_disk_is_computed_and_counted(
+    restarted: KvHost, expected: dict[str, Expected]
+) -> None:
+    before = wait_nothing_held(restarted.server)
+    assert before.corrupt("disk") == 0
+    assert restarted.check(expected[PROMPT], cache_salt=SPOILT) == SPOILT_BLOCK
+    assert wait_nothing_held(restarted.server).corrupt("disk") == 1
+    wait_stats(restarted.server, "the block, written anew", resident_disk=before.resident("disk"))
     restarted.server.wait_quiet()
 
 
@@ -133,11 +155,12 @@ def test_sixteen_clients_on_tiers_that_always_evict_get_the_references_tokens(
     assert load.num_answered > 3 * NUM_CLIENTS
     restarted.server.wait_quiet()
     after = wait_nothing_held(restarted.server)
-    assert after.evicted("host") > before.evicted("host")
-    assert after.hits("host") > before.hits("host")
-    assert after.hits("disk") > before.hits("disk")
+    for tier in ("host", "disk"):
+        assert after.evicted(tier) > before.evicted(tier)
+        assert after.hits(tier) > before.hits(tier)
+    for tier in ("host", "disk", "object"):
+        assert after.corrupt(tier) == before.corrupt(tier)
     assert load.num_cached_tokens > 0
-    assert after.total("kelp_kv_tier_corrupt_blocks_total") == 0
 
 
 def test_a_manager_killed_while_it_is_full_costs_no_answer_and_is_found_again_with_its_blocks(
@@ -153,6 +176,20 @@ def test_another_host_brings_from_the_store_what_it_never_computed(
     assert elsewhere.check(expected[PROMPT]) == num_blocks
     after = wait_nothing_held(elsewhere.server)
     assert [after.hits(tier) for tier in ("host", "disk", "object")] == [0, 0, num_blocks]
+    elsewhere.server.wait_quiet()
+
+
+def test_a_block_whose_bytes_were_flipped_in_the_store_is_computed_and_counted(
+    elsewhere: KvHost, computed: Sites, expected: dict[str, Expected]
+) -> None:
+    names = elsewhere.names(expected[PROMPT], SPOILT_BLOCK + 1, SPOILT)
+    spoil_in_store(computed.bucket, names[SPOILT_BLOCK], BLOCK_BYTES, seed=5)
+    before = wait_nothing_held(elsewhere.server)
+    assert before.corrupt("object") == 0
+    assert elsewhere.check(expected[PROMPT], cache_salt=SPOILT) == SPOILT_BLOCK
+    after = wait_nothing_held(elsewhere.server)
+    assert after.corrupt("object") == 1
+    assert after.hits("object") > before.hits("object")
     elsewhere.server.wait_quiet()
 
 
@@ -180,6 +217,11 @@ def test_an_isolated_manager_killed_under_load_costs_no_answer_and_comes_back(
     elsewhere: KvHost, storm: list[Case]
 ) -> None:
     kill_under_load(elsewhere, storm, seed=3)
+
+
+def test_neither_the_stores_secret_nor_the_peers_token_is_in_a_log_or_a_command_line(elsewhere: KvHost) -> None:
+    token = (elsewhere.server.run_folder / "peer-token").read_text().strip()
+    assert told_by(elsewhere.server, [token, SECRET_KEY]) == []
 
 
 def kill_under_load(host: KvHost, cases: list[Case], seed: int) -> None:

@@ -1,8 +1,8 @@
 """A worker's engine and tiers under a load that never ends: the mock, which checks every byte, over NIXL.
 
 Arguments: name, model folder, then `key=value` settings. Each answer is compared with what an engine without tiers
-says. Prints `DONE <requests> <onboarded blocks>` now and then; on SIGTERM lets everything end, and prints CLEAN if
-nothing is held any more.
+says. Prints `DONE <requests> <onboarded blocks>` now and then, and what `kv_witness` has to say; on SIGUSR1 goes on to
+prompts that nobody has computed yet; on SIGTERM lets everything end, and prints CLEAN if nothing is held any more.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from kv_witness import Witness
 
 from kelp.client.grpc.kv_manager import GrpcKvManagerClient
 from kelp.core.clock import SystemClock
@@ -52,7 +53,7 @@ def prompt_of(number: int) -> list[int]:
     generator = random.Random(number // 2)
     head = [generator.randrange(1, 60) for _ in range(6 * BLOCK_SIZE)]
     own = random.Random(1000 + number)
-    return head + [own.randrange(1, 60) for _ in range(5 * BLOCK_SIZE + number)]
+    return head + [own.randrange(1, 60) for _ in range(5 * BLOCK_SIZE + number % NUM_PROMPTS)]
 
 
 class Nobody:
@@ -78,7 +79,7 @@ class Load:
             name=name,
             executor=self.executor,
             agent=self._agent,
-            client=GrpcKvManagerClient(),
+            client=Witness(GrpcKvManagerClient()),
             managers=KvManagerDirectory(config.registry.path, config.registry.expiry_s).snapshot,
             clock=SystemClock(),
             metrics=self.metrics,
@@ -87,18 +88,21 @@ class Load:
         self.tiers = WorkerTiers(parts)
         self._expected: dict[int, list[int]] = {}
         self._num_done = 0
+        self._first_prompt = 0
         self.is_stopping = False
 
     async def run(self) -> None:
-        for number in range(NUM_PROMPTS):
-            self._expected[number] = await self._answer(self._plain, self._request(number))
-        self._plain.close()
         self.tiers.start(lambda: None)
         print("READY", flush=True)
         await asyncio.gather(*(self._go_on(random.Random(index)) for index in range(NUM_AT_ONCE)), self._tell())
 
+    def go_on_to_other_prompts(self) -> None:
+        """From now on."""
+        self._first_prompt += NUM_PROMPTS
+
     async def close(self) -> None:
         """Wait until nothing is held."""
+        self._plain.close()
         pool = self.executor._pool
         for _ in range(200):
             if pool.num_held == pool.num_pinned == 0:
@@ -113,7 +117,9 @@ class Load:
 
     async def _go_on(self, generator: random.Random) -> None:
         while not self.is_stopping:
-            number = generator.randrange(NUM_PROMPTS)
+            number = self._first_prompt + generator.randrange(NUM_PROMPTS)
+            if number not in self._expected:
+                self._expected[number] = await self._answer(self._plain, self._request(number))
             async with self.tiers.onboarding(self._request(number), Nobody()) as request:
                 tokens = await self._answer(self.executor, request, generator)
             assert tokens == self._expected[number][: len(tokens)], f"prompt {number}: {tokens}"
@@ -173,6 +179,7 @@ async def main(name: str, folder: Path, settings: dict[str, str]) -> None:
         load.is_stopping = True
 
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, load.go_on_to_other_prompts)
     await load.run()
     await load.close()
     print("CLEAN", flush=True)

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +26,11 @@ pytestmark = pytest.mark.skipif(
     not any(importlib.util.find_spec(name) for name in ("nixl", "nixl_cu12", "nixl_cu13")), reason="nixl is missing"
 )
 LEASE_TTL_S = 1.0
+BLOCK_BYTES = 4096
+DISTINCT_BLOCKS = 128
+"""At least as many as a worker's prompts have, those that it turns to on SIGUSR1 not counted."""
+FEW_BLOCKS = 48
+"""A host tier that evicts all the time."""
 _START_S = 60.0
 
 
@@ -86,6 +91,20 @@ class WorkerProcess(Process):
 
         wait_until(has_gone_on, f"{num_requests} more requests, {num_blocks} more blocks", 60.0)
 
+    def found(self, number: int) -> tuple[int, int]:
+        """How many blocks a manager had when it was joined, by its number, and how many it should have had."""
+        num_found, num_kept = [line for line in self.lines if line.startswith("FOUND ")][number].split()[1:]
+        return int(num_found), int(num_kept)
+
+    def wait_joined(self, number: int) -> None:
+        """Until it has joined so many managers."""
+
+        def has_joined() -> bool:
+            assert self.process.poll() is None, "".join(self.lines[-40:])
+            return sum(line.startswith("FOUND ") for line in self.lines) >= number
+
+        wait_until(has_joined, "a join", _START_S)
+
     def finish(self) -> None:
         """Let it end by itself: it says that nothing is held."""
         self.send(signal.SIGTERM)
@@ -96,7 +115,7 @@ class WorkerProcess(Process):
 class Stage:
     """One host: its manager, its workers, what is left of them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, num_host_blocks: int = DISTINCT_BLOCKS) -> None:
         (folder / "config.json").write_text(json.dumps({"vocab_size": 64, "max_position_embeddings": 4096}))
         self._folder = folder
         (self._port,) = free_ports(1)
@@ -107,7 +126,7 @@ class Stage:
             "registry.heartbeat_s=0.1",
             "registry.expiry_s=1.5",
             f"kv_manager.arena_folder={folder / 'arena'}",
-            f"kv_manager.host_bytes={512 * 1024}",
+            f"kv_manager.host_bytes={num_host_blocks * BLOCK_BYTES}",
             f"kv_manager.lease_ttl_s={LEASE_TTL_S}",
             f"disk_tier.path={folder / 'disk'}",
             f"disk_tier.max_bytes={4 * 1024 * 1024}",
@@ -148,11 +167,29 @@ class Stage:
 
 
 @pytest.fixture
-def stage(tmp_path: Path) -> Iterator[Stage]:
-    stage = Stage(tmp_path)
-    yield stage
-    for process in stage.processes:
-        process.close()
+def num_kills(request: pytest.FixtureRequest) -> int:
+    return int(request.config.getoption("--kv-kills", default=3))
+
+
+@pytest.fixture
+def new_stage(tmp_path: Path) -> Iterator[Callable[[int], Stage]]:
+    """Makes one with a host tier of so many blocks."""
+    stages: list[Stage] = []
+
+    def make(num_host_blocks: int) -> Stage:
+        stages.append(Stage(tmp_path, num_host_blocks))
+        return stages[-1]
+
+    yield make
+    for stage in stages:
+        for process in stage.processes:
+            process.close()
+
+
+@pytest.fixture
+def stage(new_stage: Callable[[int], Stage]) -> Stage:
+    """Nothing has to be evicted."""
+    return new_stage(DISTINCT_BLOCKS)
 
 
 def kill_in_a_quiet_moment(stage: Stage, manager: Process, worker: WorkerProcess) -> Process:
@@ -167,18 +204,30 @@ def kill_in_a_quiet_moment(stage: Stage, manager: Process, worker: WorkerProcess
     return manager
 
 
-def test_a_manager_killed_at_any_moment_costs_no_answer_and_is_used_again(
-    stage: Stage, request: pytest.FixtureRequest
+def wait_evicting(stage: Stage) -> None:
+    """The manager that runs now makes room all the time, and brings back from disk what had to leave."""
+
+    def is_evicting() -> bool:
+        stats = stage.stats()
+        return stats.evicted("host") > 0 and stats.hits("disk") > 0
+
+    wait_until(is_evicting, "evictions and hits on disk", 60.0)
+
+
+def test_a_manager_killed_at_any_moment_while_it_evicts_costs_no_answer_and_is_used_again(
+    new_stage: Callable[[int], Stage], num_kills: int
 ) -> None:
-    generator = random.Random(5)
+    generator, stage = random.Random(5), new_stage(FEW_BLOCKS)
     manager, worker = stage.start_manager(), stage.start_worker()
-    worker.wait_more(20, 20)
-    for _ in range(request.config.getoption("--kv-kills", default=3)):
+    for _ in range(num_kills):
+        worker.wait_more(20, 20)
+        wait_evicting(stage)
         worker.wait_more(generator.randrange(1, 60))
         manager.kill()
         worker.wait_more(10)
         manager = stage.start_manager()
-        worker.wait_more(20, 20)
+    worker.wait_more(20, 20)
+    wait_evicting(stage)
     manager = kill_in_a_quiet_moment(stage, manager, worker)
     worker.wait_more(20, 20)
     worker.finish()
@@ -186,6 +235,30 @@ def test_a_manager_killed_at_any_moment_costs_no_answer_and_is_used_again(
     manager.send(signal.SIGTERM)
     assert manager.process.wait(30.0) == 0
     assert not [path for path in (stage._folder / "arena").rglob("*") if path.is_file()], "an orderly stop removes it"
+
+
+def test_every_block_whose_commit_was_answered_is_found_again_after_each_kill(
+    new_stage: Callable[[int], Stage], num_kills: int
+) -> None:
+    generator, stage = random.Random(7), new_stage((num_kills + 1) * DISTINCT_BLOCKS)
+    manager, worker = stage.start_manager(), stage.start_worker()
+    worker.wait_joined(1)
+    num_kept = 0
+    for number in range(1, num_kills + 1):
+        wait_until(lambda least=num_kept: stage.stats().resident("host") > least, "blocks that are new", 60.0)
+        worker.wait_more(generator.randrange(1, 20))
+        stats = stage.stats()
+        assert (stats.evicted("host"), stats.corrupt("host")) == (0, 0)
+        manager.kill()
+        worker.send(signal.SIGUSR1)
+        manager = stage.start_manager()
+        worker.wait_joined(number + 1)
+        num_found, num_now_kept = worker.found(number)
+        assert num_found == num_now_kept > num_kept
+        num_kept = num_now_kept
+    worker.wait_more(20, 20)
+    worker.finish()
+    stage.wait_nothing_held()
 
 
 def test_a_worker_killed_while_it_stores_or_onboards_leaves_the_manager_nothing(stage: Stage) -> None:

@@ -133,6 +133,36 @@ def test_a_faulty_store_is_left_alone_and_taken_up_again(
     assert host.get(fresh, 0, GROUP_BLOCKS) == fresh.records
 
 
+def test_a_store_that_refuses_connections_costs_a_fraction_of_the_time_limit(
+    new_host: Callable[..., ObjectRig], relay: FaultyRelay
+) -> None:
+    host, story = new_host(timeout_s=30.0, max_failures=3, retry_after_s=3600), _large(22)
+    relay.go_down()
+    started_s = time.monotonic()
+    while host.tier.state == "closed":
+        assert (host.find(story), host.put(story)) == (0, False)
+    assert time.monotonic() - started_s < 10.0, "what all requests wait for before the store is left alone"
+    assert (host.count("num_failures"), host.count("num_timeouts")) == (3, 0)
+    relay.recover()
+    before, started_s = relay.num_connections, time.monotonic()
+    assert not any(host.put(story) for _ in range(100))
+    assert time.monotonic() - started_s < 1.0, "a hundred requests to a store that is left alone"
+    assert relay.num_connections == before
+    assert host.count("num_refused") >= 100
+
+
+def test_a_store_that_does_not_answer_costs_its_time_limit_as_often_as_the_breaker_says(
+    new_host: Callable[..., ObjectRig], relay: FaultyRelay
+) -> None:
+    host, story = new_host(max_failures=2, retry_after_s=3600), _large(23)
+    relay.fall_silent()
+    for number in (1, 2):
+        assert not _within_bound(lambda: host.put(story))
+        assert (host.count("num_timeouts"), host.count("num_failures")) == (number, number)
+        wait_until(lambda: host.tier.state != "starting", "the process", RECOVERY_S)
+    assert host.tier.state == "open"
+
+
 def test_an_open_breaker_lets_nothing_through(new_host: Callable[..., ObjectRig], relay: FaultyRelay) -> None:
     host, story = new_host(max_failures=1, retry_after_s=3600), _large(4)
     relay.go_down()

@@ -60,9 +60,9 @@ class RouterAssembly:
         clock, token = SystemClock(), token_of_server(config.peers, "router")
         registry = open_registry(config.registry, token)
         registry.routers.sweep()
-        refresh_s = config.registry.heartbeat_s / _VIEW_REFRESHES_PER_HEARTBEAT
-        view = RegistryView(registry.workers, refresh_s)
-        managers = RecordsView(registry.kv_managers.snapshot, refresh_s)
+        refresh_s, grace_s = config.registry.heartbeat_s / _VIEW_REFRESHES_PER_HEARTBEAT, config.registry.expiry_s
+        view = RegistryView(registry.workers, refresh_s, grace_s)
+        managers = RecordsView(registry.kv_managers.snapshot, refresh_s, grace_s)
         traffic = RecordsView(registry.traffic.snapshot, refresh_s)
         registries = Registries(view, managers, registry.routers, traffic)
         self._stack = RoutingStack(config, router_id, registries, clock, metrics, token)

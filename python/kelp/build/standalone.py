@@ -42,9 +42,9 @@ def build_router_server(config: KelpConfig, name: str) -> RouterServer:
     registered_managers: MemoryRecords[KvManagerRecord] = MemoryRecords(expiry_s, clock)
     registry.routers.sweep()
     refresh_s = config.registry.heartbeat_s / _VIEW_REFRESHES_PER_HEARTBEAT
-    view = RegistryView(JoinedRegistry(registered, registry.workers), refresh_s)
+    view = RegistryView(JoinedRegistry(registered, registry.workers), refresh_s, expiry_s)
     all_managers = JoinedRecords(registered_managers, registry.kv_managers)
-    managers = RecordsView(all_managers.snapshot, refresh_s)
+    managers = RecordsView(all_managers.snapshot, refresh_s, expiry_s)
     registries = Registries(view, managers, registry.routers)
     stack = RoutingStack(config, f"{socket.gethostname()}/{name}", registries, clock, metrics, token)
     routing = config.routing

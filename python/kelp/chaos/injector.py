@@ -40,6 +40,8 @@ _NUM_HURRIED = 6
 _ENDS_SERVER = frozenset({FaultKind.SERVER_KILLED, FaultKind.SERVER_TERMINATED})
 _ENDS_WORKER = _ENDS_SERVER | {FaultKind.WORKER_KILLED, FaultKind.WORKER_STUCK, FaultKind.WORKER_RELOADED}
 _ENDS_FRONT = frozenset({FaultKind.ROUTER_KILLED, FaultKind.ROUTER_RELOADED, FaultKind.FRONT_KILLED})
+_NEEDS_FRONT = _ENDS_FRONT | {FaultKind.REGISTRY_GONE}
+"""A router that starts without a registry knows nobody until it is back."""
 
 
 class Injector:
@@ -113,7 +115,7 @@ class Injector:
             await self._wait_spare(fault)
             if fault.kind is FaultKind.WORKER_KILLED and fault.phase is not None:
                 await self._wait_phase(fault.target, fault.phase)
-        elif fault.kind in _ENDS_FRONT:
+        elif fault.kind in _NEEDS_FRONT:
             await self._wait_front()
 
     async def _kill_worker(self, fault: Fault) -> str:
@@ -265,6 +267,8 @@ class Injector:
                 raise Victimless("the router has not been back for long")
 
     def _is_front_whole(self) -> bool:
+        if not self._served.registry.is_dir():
+            return False
         with contextlib.closing(TritonControl(self._served.endpoint)) as control:
             is_ready = control.is_model_ready(LLM.name)
         return is_ready and not {LLM.name, PREPROCESS.name} & set(self._served.missing())

@@ -172,6 +172,8 @@ class RouterConfig(_Group):
     recovery_wait_s: Annotated[float, Field(ge=0)] = 15.0
     """How long an answer that has begun, or whose worker died, drains or hangs, waits for a worker when none is left:
     a supervisor may be restarting one."""
+    absence_wait_s: Annotated[float, Field(ge=0)] = 2.0
+    """How long a new request that may go anywhere waits where no worker is ready: one may be just coming back."""
     suspect_wait_s: Annotated[float, Field(ge=0)] = 2.0
     """How long a request whose worker died before its first token waits for one where no other such request is."""
     max_prefill_retries: Annotated[int, Field(ge=0, le=10)] = 1

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
+from kelp.core.clock import Clock, SystemClock
 from kelp.core.types import WorkerState
 from kelp.registry.base import Incarnation, Registry, WorkerRecord
 
@@ -18,18 +20,29 @@ class RecordsView(Generic[RecordT]):
     """A snapshot of records of one kind that refreshes itself.
 
     While the registry cannot be read the last snapshot stays in force: serving goes on, and broken streams tell
-    which workers are really gone. All methods belong to one event loop.
+    which workers are really gone. When it is back, what it lacks counts for a while longer: nobody could renew a record
+    meanwhile, and many have expired that are about to be renewed. All methods belong to one event loop.
 
     Attributes:
         on_read: Called after each new snapshot.
 
     Args:
         read: The registry's own snapshot, which may block; raises OSError while it cannot be had.
+        grace_s: How long after an outage what was known before still counts.
     """
 
-    def __init__(self, read: Callable[[], Sequence[RecordT]], refresh_s: float) -> None:
+    def __init__(
+        self,
+        read: Callable[[], Sequence[RecordT]],
+        refresh_s: float,
+        grace_s: float = 0.0,
+        clock: Clock | None = None,
+    ) -> None:
         self._read_records = read
         self._refresh_s = refresh_s
+        self._grace_s = grace_s
+        self._clock = clock or SystemClock()
+        self._grace_ends_s = -math.inf
         self._records: dict[str, RecordT] = {}
         self._is_reachable = True
         self._reading: asyncio.Task[None] | None = None
@@ -79,8 +92,11 @@ class RecordsView(Generic[RecordT]):
                 _log.warning("registry unreachable, serving from the last snapshot: %s", error)
             self._is_reachable = False
             return
-        self._is_reachable = True
-        self._records = {record.key[0]: record for record in records}
+        now_s = self._clock.monotonic_s()
+        if not self._is_reachable:
+            self._is_reachable, self._grace_ends_s = True, now_s + self._grace_s
+        known = self._records if now_s < self._grace_ends_s else {}
+        self._records = {**known, **{record.key[0]: record for record in records}}
         self.on_read()
 
     def records(self) -> list[RecordT]:
@@ -91,8 +107,8 @@ class RecordsView(Generic[RecordT]):
 class RegistryView(RecordsView[WorkerRecord]):
     """The workers."""
 
-    def __init__(self, registry: Registry, refresh_s: float) -> None:
-        super().__init__(registry.snapshot, refresh_s)
+    def __init__(self, registry: Registry, refresh_s: float, grace_s: float = 0.0, clock: Clock | None = None) -> None:
+        super().__init__(registry.snapshot, refresh_s, grace_s, clock)
 
     def ready(self) -> list[WorkerRecord]:
         """Workers that may get new requests, in a stable order."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from kelp.core.config import RouterConfig
@@ -10,6 +12,8 @@ _TIMES_EXPECTED = 4.0
 """A worker may be this much slower than the router thinks: starting anew elsewhere loses what it has done."""
 _LEAST_S = 5.0
 """A shorter wait may be a busy machine's, and a fleet that is behind must not be asked everything twice."""
+
+_MAX_ABSENCE_WAITERS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +34,32 @@ class Patience:
     def of(cls, config: RouterConfig) -> Patience:
         """As configured."""
         return cls(config.idle_timeout_s, config.first_token_timeout_s, config.next_token_timeout_s)
+
+
+class Absence:
+    """New requests that wait for a worker where there is none; a limited number, as each looks again and again.
+
+    Args:
+        wait_s: How long one may.
+    """
+
+    def __init__(self, wait_s: float) -> None:
+        self._wait_s = wait_s
+        self._num_waiting = 0
+
+    @property
+    def wait_s(self) -> float:
+        """How long one more may; 0 where too many do."""
+        return self._wait_s if self._num_waiting < _MAX_ABSENCE_WAITERS else 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """One of them does."""
+        self._num_waiting += 1
+        try:
+            yield
+        finally:
+            self._num_waiting -= 1
 
 
 def is_overdue(tokenless_s: float, left_s: float, expected_s: float) -> bool:

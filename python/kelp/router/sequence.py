@@ -16,6 +16,7 @@ from kelp.core.errors import (
     EngineFailed,
     KelpError,
     MigrationsExceeded,
+    NoWorker,
     WorkerDied,
     WorkerDraining,
     WorkerLost,
@@ -26,6 +27,7 @@ from kelp.core.types import FinishReason, WorkerKey
 from kelp.router.attempt import Attempt, AttemptParts
 from kelp.router.decision.request import RoutingRequest
 from kelp.router.job import Job
+from kelp.router.patience import Absence
 from kelp.router.placement import Placement, Placer, key_of
 from kelp.router.suspects import Stay, Suspects
 
@@ -49,6 +51,7 @@ class SequenceParts:
         max_prefill_retries: Other prefill workers tried before the decode worker computes the prompt itself.
         max_migrations: Further attempts after the first one.
         recovery_wait_s: How long a sequence that has begun, or whose worker has gone, waits where no worker is left.
+        absence: How long a new one does.
         suspects: Requests that may have killed a worker.
     """
 
@@ -59,6 +62,7 @@ class SequenceParts:
     max_prefill_retries: int
     max_migrations: int
     recovery_wait_s: float
+    absence: Absence
     suspects: Suspects
 
 
@@ -167,23 +171,29 @@ class SequenceRun:
         return await self._parts.suspects.place(self._job.suspicion, find)
 
     async def _find(self, request: RoutingRequest, avoid: frozenset[WorkerKey], allow_prefill: bool) -> Placement:
-        """A request that resumes, or whose worker has gone, waits for a worker to come back."""
+        """A request that resumes, or whose worker has gone, waits for room; any, a little, where nobody is there."""
         loop = asyncio.get_running_loop()
-        is_patient = request.is_resumed or self._was_given_up
-        give_up_s = loop.time() + (self._parts.recovery_wait_s if is_patient else 0.0)
+        begun_s, is_patient = loop.time(), request.is_resumed or self._was_given_up
         while True:
             try:
                 placement = await self._parts.placer.place(request, avoid, allow_prefill)
-            except CapacityError:
-                if loop.time() >= give_up_s:
+            except CapacityError as error:
+                if loop.time() >= begun_s + self._wait_s(request, is_patient, error):
                     raise
-                await asyncio.sleep(_RECOVERY_POLL_S)
+                with self._parts.absence.waiting():
+                    await asyncio.sleep(_RECOVERY_POLL_S)
                 continue
             rest_s = self._lost_s.get(key_of(placement.decode), -math.inf) + _REST_S - loop.time()
             if rest_s <= 0:
                 return placement
             placement.end(is_completed=False)
             await asyncio.sleep(min(rest_s, _RECOVERY_POLL_S))
+
+    def _wait_s(self, request: RoutingRequest, is_patient: bool, error: CapacityError) -> float:
+        if is_patient:
+            return self._parts.recovery_wait_s
+        has_wishes = bool(request.pinned_worker or request.required_tags)
+        return self._parts.absence.wait_s if isinstance(error, NoWorker) and not has_wishes else 0.0
 
     def _heard_in(self, stay: Stay) -> Callable[[WorkerOutput], None]:
         if not stay.is_watched:

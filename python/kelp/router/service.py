@@ -29,6 +29,7 @@ from kelp.router.attempt import AttemptParts
 from kelp.router.conversation import Conversation
 from kelp.router.decision.request import RoutingRequest
 from kelp.router.job import Job
+from kelp.router.patience import Absence
 from kelp.router.placement import Placer
 from kelp.router.queue import RETRY_AFTER, advice
 from kelp.router.relay import Relay, RelayItem, RelayOptions
@@ -153,6 +154,7 @@ class RouterService:
             max_prefill_retries=config.max_prefill_retries,
             max_migrations=config.max_migrations,
             recovery_wait_s=config.recovery_wait_s,
+            absence=Absence(config.absence_wait_s),
             suspects=Suspects(parts.attempts.view, config.suspect_wait_s),
         )
 

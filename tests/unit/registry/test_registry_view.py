@@ -9,6 +9,7 @@ import threading
 import pytest
 from test_directory_registry import record
 
+from kelp.core.clock import FakeClock
 from kelp.core.types import WorkerState
 from kelp.registry.base import WorkerRecord
 from kelp.registry.view import RegistryView
@@ -92,6 +93,29 @@ def test_a_registry_that_comes_back_is_believed_again() -> None:
     registry.error, registry.records = None, [record("b")]
     asyncio.run(view.refresh())
     assert [ready.model_name for ready in view.ready()] == ["b"]
+
+
+def test_after_an_outage_those_who_could_not_renew_their_records_count_for_a_while_longer() -> None:
+    registry, clock = FakeRegistry(record("a"), record("b"), record("c")), FakeClock()
+    view = RegistryView(registry, refresh_s=0.001, grace_s=5.0, clock=clock)
+
+    def seen() -> dict[str, str]:
+        asyncio.run(view.refresh())
+        return {known.model_name: known.epoch for known in view.ready()}
+
+    assert seen() == {"a": "e1", "b": "e1", "c": "e1"}
+    registry.records = [record("a"), record("b")]
+    assert "c" not in seen(), "without an outage there is no grace"
+    registry.error = OSError("gone for a minute")
+    seen()
+    registry.error, registry.records = None, [record("b", epoch="e2")]
+    assert seen() == {"a": "e1", "b": "e2"}
+    clock.advance(4.9)
+    registry.records = [record("a", epoch="e3"), record("b", epoch="e2")]
+    assert seen() == {"a": "e3", "b": "e2"}
+    registry.records = [record("b", epoch="e2")]
+    clock.advance(0.2)
+    assert seen() == {"b": "e2"}
 
 
 def test_a_running_view_keeps_reading_through_outages() -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
-from router_rig import EOS, letters, open_router, prefill_record, record
+from router_rig import EOS, FakeExchange, bytes_tensor, letters, open_router, prefill_record, record
 from router_scenes import PAIR, STREAM, max_tokens, run, sent, tokens
 
 from kelp.core.errors import (
@@ -17,6 +18,7 @@ from kelp.core.errors import (
     InvalidRequest,
     KelpError,
     MigrationsExceeded,
+    NoWorker,
     PeerRefused,
     PromptTooLong,
     WorkerDied,
@@ -24,6 +26,7 @@ from kelp.core.errors import (
     WorkerLost,
 )
 from kelp.core.types import FinishReason, Role
+from kelp.router.patience import Absence
 from support.waiting import until
 
 
@@ -394,11 +397,45 @@ def test_it_does_not_wait_for_ever() -> None:
     run(scene)
 
 
-def test_without_a_decode_worker_the_request_is_refused_as_overload() -> None:
+def test_without_a_decode_worker_the_request_is_refused_as_that() -> None:
     async def scene() -> None:
-        async with open_router(prefill_record()) as rig:
+        async with open_router(prefill_record(), absence_wait_s=0.0) as rig:
             _, request = rig.ask()
-            with pytest.raises(CapacityError, match="no decode worker is ready; Retry-After: 1$"):
+            with pytest.raises(NoWorker, match="no decode worker is ready; Retry-After: 1$"):
                 await request
 
     run(scene)
+
+
+def test_a_new_request_waits_a_little_where_no_worker_is_ready() -> None:
+    async def scene() -> None:
+        async with open_router(absence_wait_s=300.0) as rig:
+            exchange, request = rig.ask()
+            await until(lambda: rig.workers.num_refreshes > 1, "it looks again")
+            rig.workers.known = [record("decode")]
+            stream = await rig.workers.stream(0)
+            stream.finish(FinishReason.LENGTH, *tokens("abc"))
+            await request
+            assert exchange.text == "abc"
+
+    run(scene)
+
+
+def test_a_new_request_that_wants_a_certain_worker_waits_for_nobody() -> None:
+    async def scene() -> None:
+        async with open_router(absence_wait_s=300.0) as rig:
+            request = rig.serve(FakeExchange({"text_input": bytes_tensor("x")}, {"kelp_worker": "decode"}))
+            with pytest.raises(NoWorker):
+                await request
+
+    run(scene)
+
+
+def test_no_more_new_requests_wait_than_can_look_again_and_again() -> None:
+    absence = Absence(2.0)
+    with ExitStack() as waiting:
+        for _ in range(256):
+            assert absence.wait_s == 2.0
+            waiting.enter_context(absence.waiting())
+        assert absence.wait_s == 0.0
+    assert absence.wait_s == 2.0

@@ -119,7 +119,7 @@ def test_a_prompt_is_prefilled_by_the_version_that_decodes_it() -> None:
 
 def test_where_nobody_serves_its_own_version_any_more_a_request_is_refused_not_given_to_another_one() -> None:
     async def scene() -> None:
-        async with open_router(new("n1")) as rig:
+        async with open_router(new("n1"), absence_wait_s=0.0) as rig:
             _, request = rig.ask(text_input=bytes_tensor("x"))
             with pytest.raises(CapacityError, match="the model m"):
                 await request
