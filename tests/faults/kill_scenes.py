@@ -7,9 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import psutil
-from fault_scenes import QUESTION, STORY, wait_status
+from fault_scenes import QUESTION, STORY, used_blocks
 
 from kelp.core.errors import WorkerLost
+from kelp.core.messages import WorkerStatus
 from support.llm_client import Answer, Call
 from support.serving import KelpServer
 from support.waiting import wait_until
@@ -62,8 +63,12 @@ def prefilling(server: KelpServer) -> Disturbance:
 
 def busy_decode_worker(server: KelpServer) -> str:
     """Name of the decode worker that runs the one open request."""
-    (name,) = [name for name, status in server.statuses().items() if status.num_running and name != "prefill"]
+    (name,) = [name for name, status in server.statuses().items() if status.num_running and not _prefills(name)]
     return name
+
+
+def _prefills(worker: str) -> bool:
+    return worker.startswith("prefill")
 
 
 def disturb_decoding(server: KelpServer, disturb: Callable[[str], None], guide: str = "") -> Answer:
@@ -79,9 +84,35 @@ def disturb_decoding(server: KelpServer, disturb: Callable[[str], None], guide: 
 def disturb_prefilling(server: KelpServer, disturb: Callable[[str], None]) -> Answer:
     """The same for the worker that prefills."""
     with prefilling(server).open() as call:
-        wait_status(server, "a running prefill", prefill=lambda status: status.num_running == 1)
-        disturb("prefill")
+        disturb(
+            wait_worker(server, "a running prefill", lambda name, status: _prefills(name) and status.num_running == 1)
+        )
         return call.answer()
+
+
+def disturb_transfer(server: KelpServer, disturb: Callable[[str], None]) -> Answer:
+    """The same while a decode worker fetches the first chunks of a prompt that is still being computed."""
+    with prefilling(server).open() as call:
+        sender = wait_worker(
+            server,
+            "transfers during the prefill",
+            lambda name, status: _prefills(name) and status.num_running == 1 and status.num_leases == 1,
+        )
+        wait_worker(server, "reserved blocks", lambda name, status: not _prefills(name) and used_blocks(status) > 0)
+        disturb(sender)
+        return call.answer()
+
+
+def wait_worker(server: KelpServer, what: str, is_meant: Callable[[str, WorkerStatus], bool]) -> str:
+    """Name of the first worker that is seen to be as described."""
+    found: list[str] = []
+
+    def is_found() -> bool:
+        found[:] = [name for name, status in server.statuses().items() if is_meant(name, status)]
+        return bool(found)
+
+    wait_until(is_found, what, 30.0)
+    return found[0]
 
 
 def tritonserver_of(server: KelpServer, worker: str) -> psutil.Process:

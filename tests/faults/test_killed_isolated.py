@@ -63,6 +63,23 @@ def test_a_decode_server_killed_while_decoding_costs_no_token_and_comes_back(fle
     assert num_regions(fleet) == regions
 
 
+def test_a_decode_server_that_gets_sigterm_while_decoding_costs_no_token_and_comes_back(fleet: KelpServer) -> None:
+    expected = decoding(fleet).undisturbed()
+    epochs = {name: record.epoch for name, record in fleet.records().items()}
+    ended: list[str] = []
+
+    def terminate(worker: str) -> None:
+        ended.append(worker)
+        tritonserver_of(fleet, worker).terminate()
+
+    answer = disturb_decoding(fleet, terminate)
+    assert answer.token_ids == expected.token_ids
+    assert answer.text == expected.text
+    assert not answer.last.worker_ids[-1].endswith(f"/{ended[0]}")
+    wait_back(fleet, ended[0], epochs[ended[0]])
+    check_serving(fleet)
+
+
 def test_a_guided_answer_stays_on_its_way_when_its_decode_server_is_killed(fleet: KelpServer) -> None:
     guide = "([0-9]{2}, ){25}done"
     expected = decoding(fleet, guide).undisturbed()

@@ -18,6 +18,9 @@ class QueueConfig(Group):
     """A request that has waited this long gets every second place, whatever the others' priority and slack."""
     refuse_late: bool = True
     """Refuse a request at once if its answer is predicted to miss its deadline, though a worker would take it."""
+    ttft_target_s: Annotated[float, Field(ge=0)] = 0.0
+    """Refuse a request, before any work, whose first token is predicted to come later than this after it came (wait and
+    prefill); 0 for no target: only deadlines count."""
     running_factor: Annotated[float, Field(gt=0)] = 1.0
     """A worker is full with this many requests per sequence that it runs at once (its `max_running`)."""
     kv_factor: Annotated[float, Field(gt=0)] = 2.0

@@ -10,10 +10,11 @@ from kelp.core.config_values import Group, Positive
 
 
 class DrainConfig(Group):
-    """What becomes of the requests of a worker that is drained."""
+    """What becomes of the requests of a worker that is drained, or of a `kelp serve` that is to stop."""
 
     grace_s: Annotated[float, Field(ge=0)] = 30.0
-    """Requests that still run on a draining worker after this long go on at another one."""
+    """Requests that still run on a draining worker after this long go on at another one; those of a `kelp serve` that
+    got SIGTERM end with an error. With 0, it stops at once."""
 
 
 class WatchdogConfig(Group):

@@ -20,7 +20,7 @@ from kelp.router.capacity import Capacity, Fullness
 from kelp.router.decision.request import RoutingRequest
 from kelp.router.decision.selector import Decision, Ended, Selector
 from kelp.router.ledger import Ledger
-from kelp.router.queue import Waiting, WaitingQueue, advice
+from kelp.router.queue import TARGET, Waiting, WaitingQueue, advice
 
 _MAX_TRIES = 8
 _POLL_S = 0.25
@@ -34,6 +34,7 @@ class _Wanted:
     request: RoutingRequest
     avoid: frozenset[WorkerKey]
     allow_prefill: bool
+    since_s: float
     answer: asyncio.Future[Decision]
 
 
@@ -53,6 +54,7 @@ class Admission:
         self._ledger = ledger
         self._capacity = capacity
         self._refuses_late = config.refuse_late and config.max_waiting > 0
+        self._ttft_target_s = config.ttft_target_s or math.inf
         self._clock = clock
         self._metrics = metrics
         self._queue = WaitingQueue(config.max_waiting, config.ageing_s)
@@ -77,15 +79,16 @@ class Admission:
             CapacityError: The queue is full, the deadline cannot be met, or the last worker that could take it left.
         """
         self.wake()
-        decision = expected
+        decision, since_s = expected, self._clock.monotonic_s()
         if not expected.request.is_resumed:
             if self._has_full_worker(expected):
-                wanted = _Wanted(expected.request, avoid, allow_prefill, asyncio.get_running_loop().create_future())
+                answer = asyncio.get_running_loop().create_future()
+                wanted = _Wanted(expected.request, avoid, allow_prefill, since_s, answer)
                 elsewhere = self._elsewhere(wanted, self._capacity.full())
                 if elsewhere is None:
                     return await self._wait(wanted, expected)
                 decision = elsewhere
-            self._check_in_time(decision)
+            self._check_in_time(decision, since_s)
         self._ledger.reserve(decision)
         return decision
 
@@ -95,11 +98,12 @@ class Admission:
             pass
 
     async def _wait(self, wanted: _Wanted, expected: Decision) -> Decision:
-        request, since_s = wanted.request, self._clock.monotonic_s()
+        request, since_s = wanted.request, wanted.since_s
         name, cost = request.request_id, request.num_prompt_tokens + self._num_expected_tokens(request)
         latest_start_s = self._latest_start_s(expected)
+        longest_wait_s = self._ttft_target_s - self._ttft_s(expected)
         displaced = self._queue.push(
-            Waiting(name, request.priority, latest_start_s, since_s, request.tenant, max(1.0, cost))
+            Waiting(name, request.priority, latest_start_s, since_s, request.tenant, max(1.0, cost), longest_wait_s)
         )
         if displaced is not None:
             whose = "of higher priority" if displaced.priority < request.priority else "of a tenant with fewer waiting"
@@ -128,15 +132,22 @@ class Admission:
         num_intervals = max(0.0, self._num_expected_tokens(expected.request) - 1.0)
         return deadline_s - expected.way.ttft_s - num_intervals * expected.way.itl_s
 
-    def _check_in_time(self, decision: Decision) -> None:
+    def _ttft_s(self, decision: Decision) -> float:
+        """Predicted; 0 before anything was measured."""
+        return 0.0 if decision.way is None or not self._selector.rates.is_measured else decision.way.ttft_s
+
+    def _check_in_time(self, decision: Decision, since_s: float) -> None:
         """An idle worker gets its request in any case: else nothing would ever show that a prediction is wrong.
 
         Raises:
-            CapacityError: The answer is predicted to come too late.
+            CapacityError: The answer, or its first token, is predicted to come too late.
         """
-        late_s = self._clock.monotonic_s() - self._latest_start_s(decision) if self._refuses_late else 0.0
-        if late_s > 0 and not self._capacity.is_idle(decision.decode.key):
-            raise CapacityError(f"deadline_ms: missed by {late_s:.1f} s, as workers are busy; {advice(late_s)}")
+        now_s = self._clock.monotonic_s()
+        late_s = now_s - self._latest_start_s(decision) if self._refuses_late else 0.0
+        over_s = now_s - since_s + self._ttft_s(decision) - self._ttft_target_s
+        if max(late_s, over_s) > 0 and not self._capacity.is_idle(decision.decode.key):
+            field, missed_s = ("deadline_ms", late_s) if late_s > 0 else (TARGET, over_s)
+            raise CapacityError(f"{field}: missed by {missed_s:.1f} s, as workers are busy; {advice(missed_s)}")
 
     def _let_one_through(self) -> bool:
         now_s, full = self._clock.monotonic_s(), self._capacity.full()
@@ -166,7 +177,7 @@ class Admission:
         try:
             decision = self._elsewhere(wanted, full)
             if decision is not None:
-                self._check_in_time(decision)
+                self._check_in_time(decision, wanted.since_s)
             return decision
         except CapacityError as error:
             wanted.answer.set_exception(error)
@@ -190,10 +201,11 @@ class Admission:
             self._timer = asyncio.get_running_loop().call_later(_POLL_S, self._look)
 
     def _look(self) -> None:
-        self._timer = None
-        for waiting in self._queue.hopeless(self._clock.monotonic_s()):
-            self._queue.remove(waiting.request_id)
-            self._refuse(waiting, "deadline_ms: it can no longer be met, every worker is still full")
+        self._timer, now_s = None, self._clock.monotonic_s()
+        for field, late in (("deadline_ms", self._queue.hopeless), (TARGET, self._queue.too_late)):
+            for waiting in late(now_s):
+                self._queue.remove(waiting.request_id)
+                self._refuse(waiting, f"{field}: it can no longer be met, every worker is still full")
         self.wake()
         if len(self._queue):
             self._watch()

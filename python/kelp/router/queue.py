@@ -16,6 +16,8 @@ from kelp.core.errors import CapacityError
 from kelp.router.shares import Shares
 
 RETRY_AFTER = "Retry-After:"
+TARGET = "queue.ttft_target_s"
+"""What a refusal for want of time to the first token begins with."""
 _INTERVAL_WEIGHT = 0.2
 _AGED_TURN = 2
 _WAIT_SHARE = 0.5
@@ -34,6 +36,7 @@ class Waiting:
         since_s: When it came; equal requests go in this order.
         tenant: Whose it is; within a priority tenants get equal shares.
         cost: What it takes of its tenant's share.
+        longest_wait_s: How long it may wait for its first token to be in time.
     """
 
     request_id: str
@@ -42,6 +45,7 @@ class Waiting:
     since_s: float
     tenant: str = ""
     cost: float = 1.0
+    longest_wait_s: float = math.inf
 
 
 _Key = tuple[int, float, int]
@@ -90,6 +94,8 @@ class WaitingQueue:
             raise CapacityError(
                 f"deadline_ms: a place is expected in {expected_s:.1f} s, too late for it; {self.retry_after()}"
             )
+        if expected_s > waiting.longest_wait_s:
+            raise CapacityError(f"{TARGET}: a place is expected in {expected_s:.1f} s; {self.retry_after()}")
         displaced = None
         if len(self) >= self._max_waiting:
             displaced = self._displaceable(waiting)
@@ -154,6 +160,10 @@ class WaitingQueue:
     def hopeless(self, now_s: float) -> list[Waiting]:
         """Requests that can no longer meet their deadline, even if they started now."""
         return [waiting for waiting in self._by_key.values() if waiting.latest_start_s < now_s]
+
+    def too_late(self, now_s: float) -> list[Waiting]:
+        """Requests whose first token can no longer come in time."""
+        return [item for item in self._by_key.values() if now_s - item.since_s > item.longest_wait_s]
 
     def retry_after(self) -> str:
         """For error messages: when a client had better try again."""

@@ -16,6 +16,7 @@ import psutil
 from kelp.core.errors import KelpError
 from kelp.core.schema import KV_BLOCK_MANAGER
 from kelp.supervisor import run_state
+from kelp.supervisor.farewell import take_leave
 from kelp.supervisor.kv_manager import remove_arenas
 from kelp.supervisor.plan import (
     ServeOptions,
@@ -45,6 +46,7 @@ class Serving:
         self._say = say
         self._servers: list[Supervised] = []
         self._signals = StopSignals()
+        self._is_open = False
 
     def run(self, on_ready: Callable[[], None]) -> None:
         """Serve until SIGTERM or SIGINT.
@@ -57,6 +59,7 @@ class Serving:
             self._serve(on_ready)
         except StopRequested:
             self._say("stopping")
+            self._take_leave()
         finally:
             self._signals.ignore()
             self._stop_all()
@@ -68,6 +71,7 @@ class Serving:
             self._start_all(plan_servers(options, ports.pick))
         self._publish(options.num_prefill, options.num_decode)
         on_ready()
+        self._is_open = True
         while True:
             time.sleep(_WATCH_S)
             self._follow_wanted()
@@ -133,6 +137,18 @@ class Serving:
             num_decode=num_decode,
         )
         run_state.write_state(self._options.grpc_port, state)
+
+    def _take_leave(self) -> None:
+        """Let what runs end, unless another signal comes; nobody loads a model again meanwhile."""
+        if not self._is_open:
+            return
+        try:
+            self._signals.allow_another()
+            for item in list(self._servers):
+                if item.server.spec.grpc_port == self._options.grpc_port:
+                    take_leave(item.server, self._options.config, self._say)
+        except StopRequested:
+            self._say("stopping at once")
 
     def _stop_all(self) -> None:
         run_state.remove_state(self._options.grpc_port)

@@ -14,7 +14,7 @@ class StopRequested(BaseException):
 
 
 class StopSignals:
-    """Turns the first SIGTERM, SIGINT or SIGHUP into StopRequested and ignores the others."""
+    """Turns the first SIGTERM, SIGINT or SIGHUP into StopRequested; another one only where it is allowed."""
 
     def __init__(self) -> None:
         self._is_held = False
@@ -38,6 +38,10 @@ class StopSignals:
             self._is_held = False
         if self._has_come:
             raise StopRequested
+
+    def allow_another(self) -> None:
+        """The next signal is StopRequested once more."""
+        self._has_come = False
 
     def ignore(self) -> None:
         """From now on, only SIGKILL ends the process early."""
