@@ -17,6 +17,7 @@ from kelp.core.kv_manager_messages import (
     Clear,
     Done,
     GetStats,
+    Join,
     Operation,
     Pin,
     Renew,
@@ -25,10 +26,12 @@ from kelp.core.kv_manager_messages import (
     decode_operations,
     encode_batch,
 )
+from kelp.core.kv_manager_values import PoolRecord, SpaceRecord
 from kelp.core.peer_auth import KV_OPERATIONS_PROOF, KV_RESULTS_PROOF, PeerToken, proof_in, seal, unseal
 
 Answer = Callable[[list[Operation]], bytes]
 TOKEN = PeerToken(b"t" * 16)
+JOIN = Join("w", "e", SpaceRecord(1, 1, 16, 8, "float16", "m", 1), PoolRecord(b"agent", 4096, 1, 4096, 4096, "cpu"))
 
 
 class ManagerDouble(service_pb2_grpc.GRPCInferenceServiceServicer):
@@ -41,6 +44,14 @@ class ManagerDouble(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.batches: list[list[Operation]] = []
         self.is_silent = False
         self.error = ""
+
+    async def serve(self, endpoint: str) -> int:
+        """Listen there; the port."""
+        self.server = grpc.aio.server()
+        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self, self.server)
+        port = self.server.add_insecure_port(endpoint)
+        await self.server.start()
+        return int(port)
 
     async def ModelInfer(self, request, context):  # noqa: N802
         if self.is_silent:
@@ -59,7 +70,7 @@ class ManagerDouble(service_pb2_grpc.GRPCInferenceServiceServicer):
 
 
 def right(operations: list[Operation]) -> bytes:
-    kinds = {GetStats: Stats({"a": 1.0}), Pin: Done(7), Clear: Done(3), Renew: Renewed((1,))}
+    kinds = {GetStats: Stats({"a": 1.0}), Pin: Done(7), Clear: Done(3), Renew: Renewed((1,)), Join: Done(0)}
     return encode_batch([kinds[type(operation)] for operation in operations])
 
 
@@ -67,17 +78,15 @@ def right(operations: list[Operation]) -> bytes:
 async def rig(
     answer: Answer = right, token: PeerToken | None = None
 ) -> AsyncIterator[tuple[GrpcKvManagerClient, WorkerAddress, ManagerDouble]]:
-    server, double = grpc.aio.server(), ManagerDouble(answer)
-    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(double, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
+    double = ManagerDouble(answer)
+    port = await double.serve("127.0.0.1:0")
     client = GrpcKvManagerClient(token)
     double.scope = (f"127.0.0.1:{port}/kv_block_manager", "epoch" if token else "")
     try:
         yield client, WorkerAddress(f"127.0.0.1:{port}", "kv_block_manager", epoch=double.scope[1]), double
     finally:
         await client.close()
-        await server.stop(None)
+        await double.server.stop(None)
 
 
 def test_quick_operations_that_come_together_travel_together_and_slow_ones_alone():
@@ -91,6 +100,21 @@ def test_quick_operations_that_come_together_travel_together_and_slow_ones_alone
             assert await asyncio.gather(*calls) == [[Stats({"a": 1.0}), Done(7)], [Done(3)], [Renewed((1,))]]
             kinds = sorted([type(operation).__name__ for operation in batch] for batch in double.batches)
             assert kinds == [["Clear"], ["GetStats", "Pin", "Renew"]]
+
+    asyncio.run(scene())
+
+
+def test_whoever_joins_a_manager_that_is_back_is_not_turned_away_by_a_connection_that_still_waits():
+    async def scene():
+        async with rig() as (client, address, double):
+            await client.call(address, [GetStats()], 5.0)
+            for _ in range(3):
+                await double.server.stop(None)
+                for _ in range(20):
+                    with pytest.raises(WorkerLost):
+                        await client.call(address, [GetStats()], 5.0)
+                await double.serve(address.endpoint)
+                assert await client.call(address, [JOIN], 30.0) == [Done(0)]
 
     asyncio.run(scene())
 

@@ -20,6 +20,7 @@ from kelp.core.errors import DeadlineExceeded, KelpError, ProtocolError, WorkerL
 from kelp.core.kv_manager_messages import (
     Commit,
     GetStats,
+    Join,
     Operation,
     Pin,
     Release,
@@ -42,6 +43,9 @@ _QUICK = (Commit, GetStats, Pin, Release, Renew)
 _MAX_BATCH = 64
 _PATIENCE_S = 30.0
 """How long an answer that is late for its caller is still awaited."""
+_RECONNECT_S = 3.0
+"""How long a connection that has broken gets to come back before somebody joins over it: gRPC fails what is asked while
+it waits before its next attempt, although the manager that was announced meanwhile is there."""
 _LENGTH = struct.Struct("<I")
 _Waiting = tuple[Operation, "asyncio.Future[Result]"]
 
@@ -118,6 +122,8 @@ class GrpcKvManagerClient:
         request = service_pb2.ModelInferRequest(model_name=address.model_name)
         request.inputs.add(name=KV_BLOCK_MANAGER.inputs[0].name, datatype="BYTES", shape=(1,))
         request.raw_input_contents.append(_LENGTH.pack(len(raw)) + raw)
+        if isinstance(operations[0], Join):
+            await self._reconnect(address.endpoint)
         sent = asyncio.ensure_future(self._send(address, request, timeout_s + _PATIENCE_S))
         self._calls.add(sent)
         sent.add_done_callback(self._calls.discard)
@@ -141,6 +147,13 @@ class GrpcKvManagerClient:
             return await stub.ModelInfer(request, timeout=timeout_s)
         except grpc.RpcError as error:
             raise _typed(error, address) from None
+
+    async def _reconnect(self, endpoint: str) -> None:
+        connecting = asyncio.ensure_future(self._channel(endpoint).channel_ready())
+        try:
+            await asyncio.wait({connecting}, timeout=_RECONNECT_S)
+        finally:
+            connecting.cancel()
 
     def _channel(self, endpoint: str) -> Any:
         channel = self._channels.get(endpoint)
