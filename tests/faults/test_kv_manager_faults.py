@@ -254,8 +254,10 @@ def test_every_block_whose_commit_was_answered_is_found_again_after_each_kill(
         manager = stage.start_manager()
         worker.wait_joined(number + 1)
         num_found, num_now_kept = worker.found(number)
-        assert num_found == num_now_kept > num_kept
+        # A kill may come before the first Commit of its life has been answered.
+        assert num_found == num_now_kept >= num_kept
         num_kept = num_now_kept
+    assert num_kept >= num_kills
     worker.wait_more(20, 20)
     worker.finish()
     stage.wait_nothing_held()

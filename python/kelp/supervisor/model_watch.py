@@ -149,10 +149,11 @@ class ModelWatch:
             self._say(f"{name} did not come back: {_reason(error)}")
             return
         took_s = time.monotonic() - started_s
-        self._say(f"{name} is back ({took_s:.1f} s, restart {self._num_restarts[name]})")
         if had_none:
             # What was asked meanwhile waits for the dead process: Triton gives it up one by one, a second each.
             free_streams(name, self._server, self._say)
+        # After that: whoever waits for these words, and asks then, keeps his connection.
+        self._say(f"{name} is back ({took_s:.1f} s, restart {self._num_restarts[name]})")
 
     def _changed_config(self, name: str) -> dict[str, Any]:
         """The model's own configuration with another number of restarts: Triton loads nothing that is unchanged.
