@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -75,10 +76,10 @@ class Report:
 
     @property
     def longest_gap_s(self) -> float:
-        """From the start or a fault that was done to the next one, or to the end of the schedule."""
-        times = sorted([self.started_s, *(item.at_s for item in self.faults if item.is_done)])
-        if self.ended_s is not None:
-            times.append(max(self.ended_s, times[-1]))
+        """From the start or a fault that was done to the next one, or to the end of the schedule; not beyond."""
+        end_s = math.inf if self.ended_s is None else self.ended_s
+        hits = sorted(item.at_s for item in self.faults if item.is_done and item.at_s < end_s)
+        times = [self.started_s, *hits, *([] if self.ended_s is None else [end_s])]
         return max((later - earlier for earlier, later in zip(times, times[1:], strict=False)), default=0.0)
 
     def extended(self, leaks: Sequence[Leak], warnings: Sequence[str]) -> Report:

@@ -61,6 +61,12 @@ def test_the_time_after_the_last_fault_counts_as_a_gap() -> None:
     assert (report.longest_gap_s, replace(report, ended_s=9.1).longest_gap_s) == (1.1, 8.0)
 
 
+def test_faults_that_are_tried_on_after_the_schedule_leave_no_gap_behind() -> None:
+    late = Done(KILL, 30.0, True, "decode (17) decoding")
+    report = make_report()
+    assert round(replace(report, ended_s=4.1, faults=[*report.faults, late]).longest_gap_s, 6) == 3.0
+
+
 def test_what_cannot_be_done_here_is_no_kind_that_found_nobody() -> None:
     full, gone = Fault(1.0, FaultKind.DISK_FULL), Fault(2.0, FaultKind.STORE_GONE)
     faults = [
