@@ -74,7 +74,7 @@ class KvManagerConfig(Group):
     arena_folder: Path = Field(default_factory=default_arena_folder)
     """Where the host tier's memory is mapped from; on tmpfs it survives a crash of the manager."""
     use_huge_pages: bool = True
-    """Ask the kernel for huge pages where it gives them on advice (`transparent_hugepage/shmem_enabled`)."""
+    """Ask the kernel for huge pages where it gives them on advice (`/dev/shm` mounted with `huge=advise`)."""
     eviction: EvictionName = "cost"
     """Which block leaves a full tier first; `cost` weighs what recomputing it takes against how likely it is wanted."""
     lease_ttl_s: Positive = 10.0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from kelp.client.base import WorkerOutput
@@ -180,7 +181,7 @@ class SequenceRun:
             except CapacityError as error:
                 if loop.time() >= begun_s + self._wait_s(request, is_patient, error):
                     raise
-                with self._parts.absence.waiting():
+                with nullcontext() if is_patient else self._parts.absence.waiting():
                     await asyncio.sleep(_RECOVERY_POLL_S)
                 continue
             rest_s = self._lost_s.get(key_of(placement.decode), -math.inf) + _REST_S - loop.time()

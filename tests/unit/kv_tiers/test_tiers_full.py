@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from kelp.core.config_kv import KvManagerConfig
 from kelp.core.errors import ConfigError
 from kelp.kv.tiers.arena import open_arena
 from support.tier_rig import BLOCK_BYTES, SPACE, STRIDE, disk_config, make_arena, open_disk, read, write
+from support.tmpfs import mounted_tmpfs
 
 ROOM_BYTES = 4 * 1024 * 1024
 
@@ -20,13 +20,8 @@ ROOM_BYTES = 4 * 1024 * 1024
 @pytest.fixture
 def full(tmp_path: Path) -> Iterator[Path]:
     """A file system of `ROOM_BYTES`."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={ROOM_BYTES},mode=0700", "kelp-test", str(folder)]
-    if os.getuid() != 0 or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs is not permitted here")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    with mounted_tmpfs(tmp_path / "small", f"size={ROOM_BYTES}") as folder:
+        yield folder
 
 
 def test_an_arena_that_does_not_fit_is_refused_and_leaves_nothing(full: Path) -> None:

@@ -31,7 +31,7 @@ _HEADER = struct.Struct("<16s16sQQQQ")
 _CRC = struct.Struct("<I")
 _MAGIC = b"kelp-kv-arena-1\0"
 _MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23
-_HUGE_PAGES_OF_TMPFS = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+_MOUNTS = Path("/proc/self/mountinfo")
 
 
 def round_up(num_bytes: int, unit: int) -> int:
@@ -128,7 +128,7 @@ class ArenaFile:
         assert self.shape is not None
         mapping = mmap.mmap(self.fd, self.shape.file_bytes)
         try:
-            if use_huge_pages and _gives_huge_pages_on_advice():
+            if use_huge_pages and _gives_huge_pages_on_advice(self.fd):
                 # Allocating by itself knows no advice. Populating small pages would take many times as long as that.
                 _advise(mapping, _MADV_HUGEPAGE)
                 _advise(mapping, _MADV_POPULATE_WRITE)
@@ -144,11 +144,15 @@ class ArenaFile:
         os.pwrite(self.fd, self.shape.header(), 0)
 
 
-def _gives_huge_pages_on_advice() -> bool:
+def _gives_huge_pages_on_advice(fd: int) -> bool:
+    """By the mount: `transparent_hugepage/shmem_enabled` is for memory without a file in a folder."""
+    device = os.fstat(fd).st_dev
+    mount = f"{os.major(device)}:{os.minor(device)}"
     try:
-        return "[advise]" in _HUGE_PAGES_OF_TMPFS.read_text()
+        lines = _MOUNTS.read_text().splitlines()
     except OSError:
         return False
+    return any(line.split()[2] == mount and "huge=advise" in line.split()[-1].split(",") for line in lines)
 
 
 def _advise(mapping: mmap.mmap, advice: int) -> None:
