@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import re
 import shutil
@@ -224,17 +225,21 @@ class ServedFleet:
     def missing(self) -> list[str]:
         """Models without all of their processes, and workers that are not ready.
 
-        A record alone does not tell: that of a worker that has been killed lives on for a while.
+        A record alone does not tell: that of a worker that has been killed lives on for a while, or until the registry
+        is back; routers know nothing of its successor.
         """
         singles = (PREPROCESS.name, KV_BLOCK_MANAGER.name) if self.spec.has_manager else (PREPROCESS.name,)
         expected = {LLM.name: self.spec.num_routers, **dict.fromkeys(singles, 1)}
-        present = Counter(_model_of(command) for _, command in self._commands())
+        processes = [(_model_of(command), process.create_time()) for process, command in self._commands()]
+        present, started_s = Counter(name for name, _ in processes), dict(processes)
         absent = [name for name, count in expected.items() if present[name] < count]
         records = self.records()
         unready = [
             name
             for name in (*self.spec.prefill_workers, *self.spec.decode_workers)
-            if name not in records or records[name].state is not WorkerState.READY or not present[name]
+            if name not in records
+            or records[name].state is not WorkerState.READY
+            or records[name].heartbeat_ns / 1e9 < started_s.get(name, math.inf)
         ]
         return absent + unready
 

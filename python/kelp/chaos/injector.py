@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import psutil
 
@@ -14,6 +14,7 @@ from kelp.chaos.done import Done, Impossible, Victimless
 from kelp.chaos.faults import Fault, FaultKind, Layout, Phase
 from kelp.chaos.fleet import ServedFleet
 from kelp.chaos.fleet_spec import usual_burst
+from kelp.chaos.front import Front
 from kelp.chaos.load import Load
 from kelp.chaos.questions import Questions
 from kelp.chaos.storage_faults import StorageFaults
@@ -30,8 +31,6 @@ from kelp.executor.batching.executor import ENGINE_THREAD
 _PHASE_WAIT_S = 3.0
 _POLL_S = 0.03
 _VICTIM_WAIT_S = 5.0
-_FRONT_WAIT_S = 20.0
-_SERVING_S = 5.0
 _UNNOTICED_S = 6.0
 """Within this time a fault that found a victim is done, and the registry knows of it."""
 _DRAIN_S = 15.0
@@ -41,7 +40,6 @@ _ENDS_SERVER = frozenset({FaultKind.SERVER_KILLED, FaultKind.SERVER_TERMINATED})
 _ENDS_WORKER = _ENDS_SERVER | {FaultKind.WORKER_KILLED, FaultKind.WORKER_STUCK, FaultKind.WORKER_RELOADED}
 _ENDS_FRONT = frozenset({FaultKind.ROUTER_KILLED, FaultKind.ROUTER_RELOADED, FaultKind.FRONT_KILLED})
 _NEEDS_FRONT = _ENDS_FRONT | {FaultKind.REGISTRY_GONE}
-"""A router that starts without a registry knows nobody until it is back."""
 
 
 class Injector:
@@ -60,6 +58,7 @@ class Injector:
         self._num_reloads = 0
         self._num_burst = usual_burst(fleet.spec.engine if fleet is not None else "mock")
         self._choosing = asyncio.Lock()
+        self._front = Front(self._is_front_whole)
         self._gone_until_s: dict[str, float] = {}
         self._actions: dict[FaultKind, Callable[[Fault], Awaitable[str]]] = {
             FaultKind.WORKER_KILLED: self._kill_worker,
@@ -95,9 +94,9 @@ class Injector:
         try:
             if fault.kind not in self._actions:
                 raise Impossible("the fleet is not ours")
-            await self._await_victim(fault)
-            at_s = time.monotonic()
-            note = await self._actions[fault.kind](fault)
+            async with self._victim(fault):
+                at_s = time.monotonic()
+                note = await self._actions[fault.kind](fault)
         except Victimless as reason:
             return Done(fault, at_s, False, str(reason), not isinstance(reason, Impossible))
         except (psutil.Error, OSError, KelpError) as error:
@@ -110,13 +109,17 @@ class Injector:
             raise Impossible("the fleet is not ours")
         return self._fleet
 
-    async def _await_victim(self, fault: Fault) -> None:
+    @contextlib.asynccontextmanager
+    async def _victim(self, fault: Fault) -> AsyncIterator[None]:
+        if fault.kind in _NEEDS_FRONT:
+            async with self._front.turn():
+                yield
+            return
         if fault.kind in _ENDS_WORKER:
             await self._wait_spare(fault)
             if fault.kind is FaultKind.WORKER_KILLED and fault.phase is not None:
                 await self._wait_phase(fault.target, fault.phase)
-        elif fault.kind in _NEEDS_FRONT:
-            await self._wait_front()
+        yield
 
     async def _kill_worker(self, fault: Fault) -> str:
         stub = self._stub(fault.target)
@@ -249,22 +252,6 @@ class Injector:
             if time.monotonic() > deadline_s:
                 raise Victimless(f"{worker} is down, or no other worker decodes")
             await asyncio.sleep(_POLL_S * 10)
-
-    async def _wait_front(self) -> None:
-        """Wait until whoever asks has been served again for a while.
-
-        All clients wait where there is one router. One that is ended over and over before it can serve, for longer than
-        a deadline, would show how long that is and nothing else.
-        """
-        now_s = time.monotonic()
-        ended_s, deadline_s = now_s, now_s + _FRONT_WAIT_S
-        while now_s < ended_s + _SERVING_S:
-            await asyncio.sleep(_POLL_S * 10)
-            now_s = time.monotonic()
-            if not await asyncio.to_thread(self._is_front_whole):
-                ended_s = now_s
-            if now_s > deadline_s:
-                raise Victimless("the router has not been back for long")
 
     def _is_front_whole(self) -> bool:
         if not self._served.registry.is_dir():
