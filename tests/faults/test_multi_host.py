@@ -174,6 +174,24 @@ def test_no_request_fails_while_etcd_is_dead_nor_when_it_comes_back(
     load.stop()
 
 
+def test_a_router_that_starts_while_etcd_is_dead_serves_by_what_was_known_last(hosts: Hosts) -> None:
+    hosts.converge()
+    hosts.etcd.kill()
+    try:
+        hosts.near.stub("llm").kill()
+        wait_until(lambda: hosts.near.answers(text_input=prompt()), "the router to be back", 60.0)
+        for holder in hosts.servers:
+            question = prompt()
+            answer = hosts.near.generate(text_input=question, kelp_worker=hosts.worker(holder), max_tokens=8)
+            assert answer["output_ids"] == said(question, 8)
+    finally:
+        hosts.etcd.start()
+    wait_until(lambda: len(hosts.near.all_records()) == 3, "all workers to register again", 30.0)
+    load = Load(hosts.servers)
+    load.wait(6)
+    load.stop()
+
+
 def test_requests_to_a_host_behind_a_slow_link_are_answered(hosts: Hosts) -> None:
     question = prompt() * 12
     hosts.network.slow_down(hosts.far.host, "256kbit")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,13 @@ class HostServer(KelpServer):
         assert status == 200, body
         answer: dict[str, Any] = json.loads(body)
         return answer
+
+    def answers(self, **fields: Any) -> bool:
+        """Whether it serves a request."""
+        try:
+            return self._generate(**fields)[0] == 200
+        except (OSError, HTTPException):
+            return False
 
     def ask_from_inside(self, **fields: Any) -> dict[str, Any]:
         """One request by a client on the host itself, which needs no link."""

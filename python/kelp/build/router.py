@@ -16,7 +16,7 @@ from kelp.core.metrics import Metrics
 from kelp.core.model_identity import text_identity
 from kelp.core.outbox import Outbox
 from kelp.core.peer_auth import PeerToken, token_of_server
-from kelp.registry.access import open_registry
+from kelp.registry.access import open_memory, open_registry
 from kelp.registry.view import RecordsView, RegistryView
 from kelp.router.attempt import AttemptParts, address_of
 from kelp.router.patience import Patience
@@ -58,12 +58,12 @@ class RouterAssembly:
 
     def __init__(self, config: KelpConfig, router_id: str, preprocess: Preprocess, metrics: Metrics) -> None:
         clock, token = SystemClock(), token_of_server(config.peers, "router")
-        registry = open_registry(config.registry, token)
+        registry, memory = open_registry(config.registry, token), open_memory(config.registry, token)
         registry.routers.sweep()
         refresh_s, grace_s = config.registry.heartbeat_s / _VIEW_REFRESHES_PER_HEARTBEAT, config.registry.expiry_s
-        view = RegistryView(registry.workers, refresh_s, grace_s)
-        managers = RecordsView(registry.kv_managers.snapshot, refresh_s, grace_s)
-        traffic = RecordsView(registry.traffic.snapshot, refresh_s)
+        view = RegistryView(registry.workers, refresh_s, grace_s, clock, memory.workers)
+        managers = RecordsView(registry.kv_managers.snapshot, refresh_s, grace_s, clock, memory.kv_managers)
+        traffic = RecordsView(registry.traffic.snapshot, refresh_s, 0.0, clock, memory.traffic)
         registries = Registries(view, managers, registry.routers, traffic)
         self._stack = RoutingStack(config, router_id, registries, clock, metrics, token)
         self._client = build_client(config, token)

@@ -18,8 +18,8 @@ class Front:
     """Faults of the front come one after the other; made on the event loop that they are done on.
 
     All clients wait where there is one router. One that is ended over and over before it can serve, for longer than a
-    deadline, would show how long that is and nothing else; and one that starts without a registry knows nobody until it
-    is back.
+    deadline, would show how long that is and nothing else; and one that starts without a registry knows no worker that
+    has been started since.
 
     Args:
         is_whole: Whether whoever asks is served; blocks.
@@ -55,4 +55,4 @@ class Front:
             if self._is_taken or not is_whole:
                 broken_s = now_s
             if now_s > deadline_s:
-                raise Victimless("the router has not been back for long")
+                raise Victimless("the router has not been back for long, or others had it")

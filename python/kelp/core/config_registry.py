@@ -80,6 +80,9 @@ class RegistryConfig(Group):
     """and its key."""
     path: Path = Field(default_factory=default_registry_folder)
     """Directory of records, one file each, for one host."""
+    last_seen_path: Path | None = None
+    """Folder in which routers of this host note what the registry says, to start from while it is away; without one,
+    beside `path`, where notes of `kelp serve` end with its run."""
     heartbeat_s: Positive = 1.0
     """How often a worker renews its record."""
     expiry_s: Positive = 5.0

@@ -9,7 +9,16 @@ from pydantic import TypeAdapter
 from kelp.core.clock import SystemClock
 from kelp.core.config_registry import RegistryConfig
 from kelp.core.peer_auth import PeerToken
-from kelp.registry.base import KV_MANAGER_RECORD, ROUTER_RECORD, TRAFFIC_RECORD, WORKER_RECORD, StampedRecord
+from kelp.registry.base import (
+    KV_MANAGER_RECORD,
+    ROUTER_RECORD,
+    TRAFFIC_RECORD,
+    WORKER_RECORD,
+    KvManagerRecord,
+    StampedRecord,
+    TrafficRecord,
+    WorkerRecord,
+)
 from kelp.registry.directory import DirectoryRegistry, KvManagerDirectory, RouterDirectory, TrafficDirectory
 from kelp.registry.kinds import (
     KV_MANAGER_SUFFIX,
@@ -21,10 +30,20 @@ from kelp.registry.kinds import (
     TrafficRecords,
     WorkerRecords,
 )
+from kelp.registry.last_seen import LastSeen, NotedKind
 from kelp.registry.record_seal import RecordSeal
 from kelp.registry.store import NEVER_S
 
 RecordT = TypeVar("RecordT", bound=StampedRecord)
+NOTED_WORKERS = NotedKind(
+    WORKER_SUFFIX,
+    WORKER_RECORD,
+    lambda it: (it.key, it.state, it.kv_manager_id),
+    # A load without a heartbeat after it would count for as long as the registry is away.
+    lambda it: it.model_copy(update={"num_running": 0, "num_waiting": 0}),
+)
+_NOTED_MANAGERS = NotedKind(KV_MANAGER_SUFFIX, KV_MANAGER_RECORD, lambda it: it.key, lambda it: it)
+_NOTED_TRAFFIC = NotedKind(TRAFFIC_SUFFIX, TRAFFIC_RECORD, lambda it: tuple(it.shares.items()), lambda it: it)
 
 
 class RegistryAccess(NamedTuple):
@@ -55,6 +74,25 @@ def open_registry(config: RegistryConfig, token: PeerToken | None) -> RegistryAc
         KvManagerDirectory(folder, expiry_s, token=token),
         TrafficDirectory(folder, token=token),
     )
+
+
+class RegistryMemory(NamedTuple):
+    """What a router notes of each kind of record."""
+
+    workers: LastSeen[WorkerRecord]
+    kv_managers: LastSeen[KvManagerRecord]
+    traffic: LastSeen[TrafficRecord]
+
+
+def open_memory(config: RegistryConfig, token: PeerToken | None) -> RegistryMemory:
+    """What routers of this host know of the registry while it is away; see `registry.last_seen`."""
+    folder = config.last_seen_path or config.path.with_name(f"{config.path.name}-last-seen")
+    registry = config.url or str(config.path.absolute())
+
+    def notes(kind: NotedKind[RecordT]) -> LastSeen[RecordT]:
+        return LastSeen(folder, registry, kind, token, SystemClock())
+
+    return RegistryMemory(notes(NOTED_WORKERS), notes(_NOTED_MANAGERS), notes(_NOTED_TRAFFIC))
 
 
 def _open_etcd(config: RegistryConfig, token: PeerToken | None) -> RegistryAccess:
