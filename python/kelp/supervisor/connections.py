@@ -19,8 +19,12 @@ _PIDFD_GETFD = 438
 """Number of the system call (Linux 5.6), the same on all architectures."""
 
 
-def break_client_connections(server: psutil.Process) -> int:
+def break_client_connections(server: psutil.Process, spared: Sequence[psutil.Process] = ()) -> int:
     """Shut down what clients have open to any port that a server listens at; its models' own connections stay.
+
+    Args:
+        server: Of this host.
+        spared: Processes that keep theirs as well.
 
     Returns:
         How many there were.
@@ -29,7 +33,7 @@ def break_client_connections(server: psutil.Process) -> int:
         OSError: The kernel has no `pidfd_getfd`, or does not let us trace the process.
         psutil.Error: The process has ended, or is not ours.
     """
-    clients, ports = _clients_of(server, server.children())
+    clients, ports = _clients_of(server, [*server.children(), *spared])
     if not clients:
         return 0
     pidfd = os.pidfd_open(server.pid)

@@ -16,9 +16,10 @@ import psutil
 from kelp.client.grpc import TritonControl
 from kelp.core.config_supervision import SupervisionConfig
 from kelp.core.errors import KelpError
+from kelp.core.schema import LLM
 from kelp.core.schema_types import RESTART_PARAMETER
 from kelp.supervisor.backoff import Backoff
-from kelp.supervisor.dead_router import free_streams
+from kelp.supervisor.dead_router import RouterGap, free_streams
 from kelp.supervisor.remains import Remains
 from kelp.supervisor.stubs import is_live, live_stubs
 from kelp.supervisor.watch_lock import WatchLock
@@ -57,6 +58,7 @@ class ModelWatch:
         self._instances: dict[str, frozenset[str]] = {}
         self._suspects: frozenset[str] = frozenset()
         self._remains = Remains()
+        self._gap = RouterGap(server, endpoint)
         self._backoffs: dict[str, Backoff] = {}
         self._num_restarts: dict[str, int] = {}
 
@@ -67,6 +69,7 @@ class ModelWatch:
 
     def close(self) -> None:
         """Let another watch have the server."""
+        self._gap.close()
         self._lock.release()
         self._control.close()
 
@@ -95,6 +98,7 @@ class ModelWatch:
             living = live_stubs(self._server)
             outlived = self._remains.look(living)
             stubs = self._latest(living)
+            self._gap.follow([stub for name, stub in stubs.items() if name.startswith(f"{LLM.name}_")])
             if stubs != self._stubs:
                 self._stubs, self._instances = stubs, {}
             dead = {name for name in self._control.ready_models() if self._instances_of(name) - stubs.keys()}
@@ -149,6 +153,8 @@ class ModelWatch:
             self._say(f"{name} did not come back: {_reason(error)}")
             return
         took_s = time.monotonic() - started_s
+        if name == LLM.name:
+            self._gap.end()
         if had_none:
             # What was asked meanwhile waits for the dead process: Triton gives it up one by one, a second each.
             free_streams(name, self._server, self._say)

@@ -17,6 +17,23 @@ from kelp.supervisor.model_watch import ModelWatch
 RULES = SupervisionConfig(look_s=2.0, first_backoff_s=1.0, longest_backoff_s=4.0, healthy_after_s=60.0)
 
 
+class PlayedGap:
+    """Notes how many routers are followed, and -1 when the gap has ended."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def follow(self, routers: list[object]) -> None:
+        if self.seen[-1:] != [len(routers)]:
+            self.seen.append(len(routers))
+
+    def end(self) -> None:
+        self.seen.append(-1)
+
+    def close(self) -> None:
+        self.seen.append(-2)
+
+
 class PlayedServer:
     """A tritonserver with its stubs; takes the place of `TritonControl` and of the process table."""
 
@@ -25,6 +42,7 @@ class PlayedServer:
         self.stubs: dict[str, SimpleNamespace] = {}
         self.loads: list[tuple[float, str, str]] = []
         self.freed: list[str] = []
+        self.gap = PlayedGap()
         self.num_listings = 0
         self.load_error: Exception | None = None
         self.is_reachable = True
@@ -82,6 +100,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> PlayedServer:
     monkeypatch.setattr(model_watch, "is_live", lambda stub: stub.is_live)
     monkeypatch.setattr(remains, "is_unburied", lambda stub: not stub.is_live and not stub.is_buried)
     monkeypatch.setattr(model_watch, "free_streams", lambda name, *_: played.freed.append(name))
+    monkeypatch.setattr(model_watch, "RouterGap", lambda *_: played.gap)
     monkeypatch.setattr(model_watch, "time", played)
     monkeypatch.setattr(run_state, "user_folder", lambda: tmp_path)
     for name in ("prefill", "decode", "llm"):
@@ -321,3 +340,14 @@ def test_nothing_is_freed_when_others_of_the_model_took_what_was_asked_meanwhile
     shift.run(4.0)
     assert [name for _, name, _ in server.loads] == ["llm"]
     assert server.freed == []
+
+
+def test_the_gap_is_told_of_routers_that_live_and_when_one_has_been_loaded(server: PlayedServer, shift: Shift) -> None:
+    shift.run(2.0)
+    server.kill("llm_0_0")
+    shift.run(6.0)
+    assert server.gap.seen == [1, 0, -1, 1]
+    server.kill("decode_0_0")
+    shift.run(6.0)
+    shift.watch.close()
+    assert server.gap.seen == [1, 0, -1, 1, -2]
