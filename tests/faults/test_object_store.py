@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import os
 import random
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -50,11 +52,15 @@ def bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Buc
 @pytest.fixture
 def relay(s3_server: S3Server, bucket: Bucket) -> Iterator[FaultyRelay]:
     """On the way to the store; when it and all hosts are closed, nothing of them is left."""
+    gc.collect()
     before = _footprint()
     relay = FaultyRelay(s3_server.port)
     yield relay
     relay.close()
-    wait_until(lambda: _footprint() == before, f"the footprint {before}", 10)
+    try:
+        wait_until(lambda: not _footprint() - before, timeout_s=10.0)
+    except AssertionError:
+        pytest.fail(f"left behind: {dict(_footprint() - before)}, open now: {_open_files()}")
 
 
 @pytest.fixture
@@ -69,11 +75,21 @@ def new_host(s3_server: S3Server, bucket: Bucket, relay: FaultyRelay) -> Iterato
         yield make
 
 
-def _footprint() -> tuple[int, list[int], list[str]]:
-    """Open files, children and arenas of this process."""
+def _footprint() -> Counter[str]:
+    """Open files, children and arenas of this process; what other tests left to be collected may go meanwhile."""
     own = psutil.Process()
-    children = sorted(child.pid for child in own.children(recursive=True))
-    return own.num_fds(), children, sorted(path.name for path in Path("/dev/shm").glob(f"{ARENA_PREFIX}*"))
+    left = Counter({"open files": own.num_fds()})
+    left.update(f"process {child.pid}" for child in own.children(recursive=True))
+    left.update(path.name for path in Path("/dev/shm").glob(f"{ARENA_PREFIX}*"))
+    return left
+
+
+def _open_files() -> list[str]:
+    names = []
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            names.append(os.readlink(link))
+    return sorted(names)
 
 
 def _within_bound(call: Callable[[], Any]) -> Any:
