@@ -154,6 +154,9 @@ class Stage:
     def stop_in_the_act(self, worker: WorkerProcess, kind: str, generator: random.Random) -> None:
         """Have the only worker sleep at a moment when the manager holds something of this kind for it."""
         for _ in range(300):
+            if kind == "stores":
+                # What has been stored is not stored once more.
+                worker.send(signal.SIGUSR1)
             worker.wait_more(generator.randrange(1, 4))
             worker.send(signal.SIGSTOP)
             if self.stats().total("kelp_kv_manager_held", kind=kind):
