@@ -13,8 +13,13 @@ from kelp.text.word_cache import WordCache, new_word_cache
 from support.word_tokenizers import KNOWN, SPECIAL, merge
 
 PIECES = [*SPECIAL, "'s", "'LL", "'", "  ", "\n", "\r\n", "\t", "\x1f", "\x0b", "12", "a", "Fox", "...", " ", "\x00"]
+_ANY = st.text(st.characters(codec="ascii"), max_size=30)
 TEXTS = st.one_of(
-    st.lists(st.sampled_from(PIECES), max_size=20).map("".join), st.text(st.characters(codec="ascii"), max_size=30)
+    st.lists(st.sampled_from(PIECES), max_size=20).map("".join),
+    st.lists(st.one_of(st.sampled_from(PIECES), st.sampled_from(["one", "two.", "3", "it's"]), _ANY), max_size=10).map(
+        " ".join
+    ),
+    _ANY,
 )
 
 

@@ -3,10 +3,14 @@
 A byte-level BPE splits text into words by a regular expression and merges within each word alone, so a word always
 gives the same tokens. Splitting and bookkeeping is most of what it takes; looking words up takes a fifth or less. Only
 for text in ASCII, where Python's expressions mean the same as the tokenizer's, and for the splittings named here.
+
+None of these joins what stands before a single space with what stands behind it, or looks past it, unless at more
+space. So what stands between two is looked up as a whole, and most text need not be split into words at all.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
@@ -20,13 +24,14 @@ _MAX_CHARS = 16_384
 """Longer text goes to the tokenizer, which lets other threads run meanwhile."""
 _MAX_WORDS = 32_768
 _MAX_WORD_CHARS = 64
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_GPT2 = r" ?\p{L}+| ?\p{N}+|'(?:[stmd]|re|ve|ll)| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+"""GPT-2's own begins with the contractions; none of these can match where a word of letters or a number does."""
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace("{1,3}", "")
-_GPT2_BETWEEN_DIGITS = r"[0-9]|'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+| ?[^\sA-Za-z0-9]+|\s+(?![^\s0-9])|\s+"
+_GPT2_BETWEEN_DIGITS = r" ?[A-Za-z]+|[0-9]|'(?:[stmd]|re|ve|ll)| ?[^\sA-Za-z0-9]+|\s+(?![^\s0-9])|\s+"
 _UNCHANGED_ASCII = ("NFC", "NFD", "NFKC", "NFKD")
 _PROBE = (
     "def f(x1, y_22):\n\n    return  {'a': 'it's I'LL', \"b\": [1234567, 8.90]}  # we've \t\v end\r\n \r\n\x7f\x1f\x00"
@@ -74,19 +79,23 @@ def _any_of(contents: Iterable[str]) -> str:
     return f"({re.escape(start)}(?:{rest}))"
 
 
-class _Words(dict[str, bytes]):
-    """Token ids of words, `int32`, as bytes; what is missing is asked for."""
+class _SpaceMeets(Exception):
+    """A single space is not the only one there."""
 
-    def __init__(self, merge: Callable[[str], list[int]]) -> None:
+
+class _Known(dict[str, bytes]):
+    """Token ids, `int32`, as bytes; what is missing is asked for."""
+
+    def __init__(self, ask: Callable[[str], bytes]) -> None:
         super().__init__()
-        self._merge = merge
+        self._ask = ask
 
-    def __missing__(self, word: str) -> bytes:
-        ids = np.array(self._merge(word), np.int32).tobytes()
-        if len(word) <= _MAX_WORD_CHARS:
+    def __missing__(self, text: str) -> bytes:
+        ids = self._ask(text)
+        if len(text) <= _MAX_WORD_CHARS:
             if len(self) >= _MAX_WORDS:
                 self.clear()
-            self[word] = ids
+            self[text] = ids
         return ids
 
 
@@ -101,7 +110,8 @@ class WordCache:
 
     def __init__(self, pattern: str, added: Mapping[str, int], merge: Callable[[str], list[int]]) -> None:
         self._split = re.compile(pattern, re.ASCII).findall
-        self._words = _Words(merge)
+        self._words = _Known(lambda word: np.array(merge(word), np.int32).tobytes())
+        self._behind_space = _Known(self._ids_behind_space)
         self._added = {content: np.array([token_id], np.int32).tobytes() for content, token_id in added.items()}
         self._find_added = re.compile(_any_of(added)) if added else None
 
@@ -110,11 +120,24 @@ class WordCache:
         if len(text) > _MAX_CHARS or not text.isascii():
             return None
         parts = [text] if self._find_added is None else self._find_added.split(text)
-        pieces = (
-            (self._added[part],) if index % 2 else map(self._words.__getitem__, self._split(part))
-            for index, part in enumerate(parts)
-        )
+        pieces = ((self._added[part],) if index % 2 else self._ids_of(part) for index, part in enumerate(parts))
         return np.frombuffer(b"".join(chain.from_iterable(pieces)), np.int32).copy()
+
+    def _ids_of(self, text: str) -> Iterable[bytes]:
+        if "  " not in text:
+            first, *others = text.split(" ")
+            if not first[-1:].isspace():
+                with contextlib.suppress(_SpaceMeets):
+                    return [*self._ids_by_word(first), *map(self._behind_space.__getitem__, others)]
+        return self._ids_by_word(text)
+
+    def _ids_behind_space(self, text: str) -> bytes:
+        if not text or text[0].isspace() or text[-1].isspace():
+            raise _SpaceMeets
+        return b"".join(self._ids_by_word(f" {text}"))
+
+    def _ids_by_word(self, text: str) -> Iterable[bytes]:
+        return map(self._words.__getitem__, self._split(text))
 
 
 def new_word_cache(
