@@ -7,13 +7,13 @@ gives exactly the blocks that can be matched there.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+
+import msgspec
 
 from kelp.core.types import SequenceHash, Tier
 
 
-@dataclass(frozen=True, slots=True)
-class BlocksStored:
+class BlocksStored(msgspec.Struct, frozen=True, gc=False):
     """Consecutive blocks of one sequence can be matched in `tier` from now on.
 
     Attributes:
@@ -26,16 +26,14 @@ class BlocksStored:
     tier: Tier = Tier.DEVICE
 
 
-@dataclass(frozen=True, slots=True)
-class BlocksRemoved:
+class BlocksRemoved(msgspec.Struct, frozen=True, gc=False):
     """These blocks can no longer be matched in `tier`; any order."""
 
     hashes: tuple[SequenceHash, ...]
     tier: Tier = Tier.DEVICE
 
 
-@dataclass(frozen=True, slots=True)
-class BlocksCleared:
+class BlocksCleared(msgspec.Struct, frozen=True, gc=False):
     """Nothing can be matched any more, in any tier."""
 
 

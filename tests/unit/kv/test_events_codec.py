@@ -19,6 +19,7 @@ from kelp.kv.events.codec import (
     BlockRemoved,
     BlockStored,
     DigestExtension,
+    OwnBatch,
     SnapshotExtension,
     TierDigest,
     decode_foreign,
@@ -44,7 +45,7 @@ def pack(*events: object, ts: object = 1.0) -> bytes:
 
 def test_our_events_come_back_as_they_were() -> None:
     batch = decode_own(encode_batch(5.0, EVENTS, 16), LIMIT)
-    assert batch == (5.0, EVENTS, None)
+    assert batch == OwnBatch(5.0, EVENTS, None)
 
 
 @pytest.mark.parametrize(

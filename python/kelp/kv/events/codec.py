@@ -14,7 +14,7 @@ import msgspec
 
 from kelp.core.errors import ProtocolError
 from kelp.core.kv_events import BlocksCleared, BlocksRemoved, BlocksStored, KVEvent
-from kelp.core.types import SequenceHash, Tier
+from kelp.core.types import Tier
 
 MAX_BATCH_EVENTS = 1 << 16
 MAX_EVENT_HASHES = 1 << 16
@@ -152,7 +152,7 @@ class _PositionalBatch(msgspec.Struct, array_like=True):
     ]
 
 
-class OwnBatch(NamedTuple):
+class OwnBatch(msgspec.Struct, frozen=True, gc=False):
     """A message of a kelp worker."""
 
     ts: float
@@ -236,8 +236,8 @@ def _own_event(event: _OwnStored | _OwnRemoved | AllBlocksCleared) -> KVEvent:
         raise ProtocolError("KV event: block_hashes: at least one is required")
     if isinstance(event, _OwnRemoved):
         return BlocksRemoved(hashes, _TIERS[event.medium])
-    parent = event.parent_block_hash
-    return BlocksStored(hashes, None if parent is None else SequenceHash(parent), _TIERS[event.medium])
+    parent: Any = event.parent_block_hash
+    return BlocksStored(hashes, parent, _TIERS[event.medium])
 
 
 def _check_size(payload: bytes, max_bytes: int) -> None:

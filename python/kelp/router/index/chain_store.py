@@ -6,7 +6,7 @@ requests.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from itertools import repeat
 
@@ -85,15 +85,16 @@ class ChainStore:
         offset = len(chain.hashes)
         fresh = hashes[: MAX_CHAIN_BLOCKS - offset]
         num_known = len(blocks)
-        owners = list(map(blocks.setdefault, fresh, repeat(chain)))
+        deque(map(blocks.setdefault, fresh, repeat(chain)), maxlen=0)
         if len(blocks) - num_known < len(fresh):
-            fresh = self._untangle(chain, fresh, owners)
+            fresh = self._untangle(chain, fresh)
         chain.hashes += fresh
         self._chains[chain] = None
         return chain, offset, len(fresh)
 
-    def _untangle(self, chain: Chain, fresh: Sequence[SequenceHash], owners: list[Chain]) -> Sequence[SequenceHash]:
+    def _untangle(self, chain: Chain, fresh: Sequence[SequenceHash]) -> Sequence[SequenceHash]:
         """The leading blocks of `fresh` that were unknown; takes the others back out of `chain`."""
+        owners = [self.blocks[name] for name in fresh]
         seen = set(chain.hashes)
         count = 0
         for name, owner in zip(fresh, owners, strict=True):
@@ -130,7 +131,8 @@ class ChainStore:
             self._chains_of.setdefault(cell, set()).add(chain)
         chain.is_recent = chain.is_recent or bool(chain.held)
         chain.held[cell] = after
-        self.cache(chain, None)
+        if chain.reach is not None:
+            self.cache(chain, None)
 
     def release(self, cell: int, span: Span) -> None:
         """These blocks are no longer held, as far as they were; blocks that nobody holds may be gone afterwards."""
@@ -180,8 +182,7 @@ class ChainStore:
         self._shorten(chain, length)
 
     def _shorten(self, chain: Chain, length: int) -> None:
-        for name in chain.hashes[length:]:
-            del self.blocks[name]
+        deque(map(self.blocks.__delitem__, chain.hashes[length:]), maxlen=0)
         del chain.hashes[length:]
         if not length:
             del self._chains[chain]

@@ -117,16 +117,20 @@ def neighbours(
     mine: Sequence[SequenceHash], offset: int, hashes: Sequence[SequenceHash], start: int
 ) -> tuple[int, int]:
     """`(lowest offset, number)` of blocks from `hashes[start]` on that stand in a row, forwards or backwards."""
-    count = 1
     most = len(hashes) - start
     if most == 1:
         return offset, 1
-    limit = min(most, len(mine) - offset)
-    while count < limit and mine[offset + count] == hashes[start + count]:
-        count += 1
+    asked = list(hashes[start:])
+    count = _num_equal(mine[offset : offset + most], asked)
     if count > 1:
         return offset, count
-    limit = min(most, offset + 1)
-    while count < limit and mine[offset - count] == hashes[start + count]:
-        count += 1
+    count = _num_equal(mine[max(0, offset - most + 1) : offset + 1][::-1], asked)
     return offset - count + 1, count
+
+
+def _num_equal(one: Sequence[SequenceHash], other: Sequence[SequenceHash]) -> int:
+    """Leading names in common."""
+    if one == other:
+        return len(one)
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((count for count, (name, other_name) in pairs if name != other_name), len(one))

@@ -40,6 +40,7 @@ _CELL_BYTES = 260
 _LEVEL_BYTES = 150
 _TABLE_SLOT_BYTES = 20
 _MOST_BLOCK_BYTES = _BLOCK_BYTES + 6 * _TABLE_SLOT_BYTES
+_MOST_SPAN_BYTES = _CHAIN_BYTES + _CELL_BYTES
 _EMPTY_BYTES = 4096
 
 _COMPACTION_BYTES = 1 << 16
@@ -107,16 +108,14 @@ class KVIndex:
 
     def apply(self, slot: int, event: KVEvent) -> None:
         """See `OverlapIndex`."""
-        self._meet(slot)
+        if slot >= self._num_slots:
+            self._meet(slot)
         if isinstance(event, BlocksStored):
-            store = self._store
-            structure_bytes = store.num_chains * _CHAIN_BYTES + store.num_cells * _CELL_BYTES
-            spans = store.store(cell_of(slot, event.tier), event.hashes, event.parent)
-            if self._predictions and event.tier == Tier.DEVICE:
+            tier, hashes = event.tier, event.hashes
+            spans = self._store.store(cell_of(slot, tier), hashes, event.parent)
+            if tier == Tier.DEVICE and self._predictions:
                 self._predictions.settle(slot, spans)
-            # A block in the middle of a chain splits it, with a cell for each of its holders.
-            structure_bytes -= store.num_chains * _CHAIN_BYTES + store.num_cells * _CELL_BYTES
-            self._slack_bytes += structure_bytes - len(event.hashes) * _MOST_BLOCK_BYTES
+            self._slack_bytes -= len(hashes) * _MOST_BLOCK_BYTES + len(spans) * _MOST_SPAN_BYTES
             if self._slack_bytes < 0:
                 self._shed()
         elif isinstance(event, BlocksCleared):
