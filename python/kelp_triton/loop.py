@@ -7,6 +7,7 @@ heartbeat and handoff service.
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections import deque
 from collections.abc import Coroutine, Sequence
@@ -25,6 +26,9 @@ class LoopThread:
         self._loop.set_default_executor(ThreadPoolExecutor(_BLOCKING_CALLS, thread_name_prefix=name))
         self._arrived: deque[Coroutine[Any, Any, None]] = deque()
         self._running: set[asyncio.Task[None]] = set()
+        # Takes two thirds of what waking the loop by its own means does, and a lone request waits for it.
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._loop.add_reader(self._bell, self._start_arrived)
         self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
         self._thread.start()
 
@@ -35,9 +39,10 @@ class LoopThread:
     def launch(self, works: Sequence[Coroutine[Any, Any, None]]) -> None:
         """Run coroutines that nobody waits for, and that let no exception out; thread-safe, wakes the loop once."""
         self._arrived.extend(works)
-        self._loop.call_soon_threadsafe(self._start_arrived)
+        os.eventfd_write(self._bell, 1)
 
     def _start_arrived(self) -> None:
+        os.eventfd_read(self._bell)
         while self._arrived:
             task = self._loop.create_task(self._arrived.popleft())
             self._running.add(task)
@@ -54,6 +59,7 @@ class LoopThread:
         self._thread.join(timeout=10.0)
         if not self._thread.is_alive():
             self._loop.close()
+            os.close(self._bell)
 
 
 async def _cancel_others() -> None:

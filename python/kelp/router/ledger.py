@@ -45,9 +45,12 @@ class Ledger:
         self.on_news: Callable[[], None] = _nothing
 
     def reserve(self, decision: Decision) -> None:
-        """A request is to be sent there."""
-        request_id = decision.request.request_id
+        """A request is to be sent there; to be announced then, or before."""
         self._selector.reserve(decision)
+
+    def announce(self, decision: Decision) -> None:
+        """Tell the other routers, and count it: neither helps the request, so both can wait until it has been sent."""
+        request_id = decision.request.request_id
         entries = self._selector.entries(request_id)
         if entries:
             first, last = entries[0], entries[-1]

@@ -57,7 +57,8 @@ class Placement:
         self._last_s = self._reserved_s
         self._prefilled_ns = 0
         self._num_tokens = 0
-        self._is_sent = self._is_over = self._is_transfer_told = False
+        self._unannounced: Decision | None = decision
+        self._is_over = self._is_transfer_told = False
 
     @property
     def worker_ids(self) -> tuple[str, ...]:
@@ -66,9 +67,10 @@ class Placement:
 
     def sent(self) -> None:
         """A worker has been told to start."""
-        if not self._is_sent and not self._is_over:
-            self._is_sent = True
+        decision, self._unannounced = self._unannounced, None
+        if decision is not None and not self._is_over:
             self._ledger.commit(self.decision)
+            self._ledger.announce(decision)
 
     def heard(self, output: WorkerOutput) -> None:
         """A worker of the placement has said something."""

@@ -7,7 +7,7 @@ is added to a client's id begins with a control character, and ids of clients ho
 from __future__ import annotations
 
 import re
-import uuid
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -30,10 +30,10 @@ class RequestIds:
     @contextmanager
     def named(self, client_id: str) -> Iterator[str]:
         """A name that no other live request has, nor a sequence of it, while the block runs."""
-        given = _cleaned(client_id)[:_MAX_CHARS] or uuid.uuid4().hex
+        given = _cleaned(client_id)[:_MAX_CHARS] or secrets.token_hex(16)
         name = given
         while name in self._live:
-            name = f"{given}{_MARK}.{uuid.uuid4().hex[:8]}"
+            name = f"{given}{_MARK}.{secrets.token_hex(4)}"
         self._live.add(name)
         try:
             yield name

@@ -136,17 +136,13 @@ class Suspects:
         """
         loop = asyncio.get_running_loop()
         give_up_s = loop.time() + self._patience_s(suspicion)
-        timer = None if math.isinf(give_up_s) else loop.call_at(give_up_s, self.wake)
-        try:
-            while True:
-                placement = await find(self._to_avoid(suspicion))
-                if not _workers(placement) & self._to_avoid(suspicion) or loop.time() >= give_up_s:
-                    return placement
-                placement.end(is_completed=False)
-                await self._change.wait()
-        finally:
-            if timer is not None:
-                timer.cancel()
+        while True:
+            placement = await find(self._to_avoid(suspicion))
+            avoided = self._to_avoid(suspicion)
+            if not avoided or not _workers(placement) & avoided or loop.time() >= give_up_s:
+                return placement
+            placement.end(is_completed=False)
+            await self._changed_by(give_up_s)
 
     def culprit_at(self, worker: WorkerKey) -> Suspicion | None:
         """The one of the suspects on a worker that has ended which has outlived most; None if there is no such one.
@@ -183,6 +179,14 @@ class Suspects:
         """Let those look again that wait for a worker without suspects."""
         self._change.set()
         self._change = asyncio.Event()
+
+    async def _changed_by(self, time_s: float) -> None:
+        timer = None if math.isinf(time_s) else asyncio.get_running_loop().call_at(time_s, self.wake)
+        try:
+            await self._change.wait()
+        finally:
+            if timer is not None:
+                timer.cancel()
 
     def _patience_s(self, suspicion: Suspicion) -> float:
         if len(suspicion.deaths) > 1:

@@ -60,6 +60,7 @@ def test_predicted_and_real_hits_are_counted_by_tier_and_the_time_they_took_is_l
     decision = rig.selector.select(rig.request(960))
     ledger.reserve(decision)
     placement = Placement(decision, ledger, rig.clock)
+    placement.sent()
     usage = RequestUsage(cached_tokens=640, onboarded_blocks=40, onboarded_tiers=(0, 40))
     times = RequestTimings(
         arrival_ns=1 * SECOND_NS,

@@ -199,6 +199,8 @@ def test_a_sequence_beside_another_is_counted_on_the_same_worker() -> None:
         first = await place(chosen, "r")
         beside = chosen.placer.beside(first, asked("r-1"))
         assert (beside.decode, beside.prefill) == (first.decode, None)
+        for placement in (first, beside):
+            placement.sent()
         assert len(chosen.own.snapshot().loads) == 2
         first.end(is_completed=True)
         beside.end(is_completed=True)
@@ -288,10 +290,24 @@ def test_nothing_is_counted_after_the_end() -> None:
     run(scene())
 
 
-def test_other_routers_hear_of_every_step() -> None:
+def test_a_request_that_was_never_sent_is_counted_nowhere() -> None:
+    async def scene() -> None:
+        chosen = desk(record("d1"))
+        placement = await place(chosen, "r")
+        placement.end(is_completed=False)
+        placement.sent()
+        assert chosen.own.snapshot().loads == ()
+        assert chosen.selector.load.active.sum() == 0
+
+    run(scene())
+
+
+def test_other_routers_hear_of_every_step_from_sending_on() -> None:
     async def scene() -> None:
         chosen = desk(prefill_record(), record("d1"))
         placement = await place(chosen, "r")
+        assert chosen.own.snapshot().loads == ()
+        placement.sent()
         (load,) = chosen.own.snapshot().loads
         assert (load.decode, load.prefill) == (placement.decode.key, prefill_record().key)
         assert (load.kv_tokens, load.work[1], load.is_prefilled) == (4, 4.0, False)

@@ -70,6 +70,13 @@ def test_select_alone_counts_nothing_and_can_be_reserved_later(rig: ApiRig) -> N
         rig.call("reserve", request_id="r")
 
 
+def test_other_routers_hear_of_a_reservation_before_its_caller_has_sent_it(rig: ApiRig) -> None:
+    rig.call("select", request_id="r", token_ids=PROMPT)
+    assert rig.told.snapshot().loads == ()
+    rig.call("reserve", request_id="r")
+    assert [load.request_id for load in rig.told.snapshot().loads] == ["r"]
+
+
 def test_a_selection_cannot_be_reserved_once_it_has_lapsed(rig: ApiRig) -> None:
     rig.call("select", request_id="r", token_ids=PROMPT)
     rig.clock.advance(121.0)
@@ -222,6 +229,7 @@ def test_what_callers_forget_is_freed_though_nobody_calls_any_more(rig: ApiRig) 
     rig.clock.advance(RoutingConfig().reservation_ttl_s)
     rig.operations.sweep()
     assert rig.selector.load.active.sum() == 1
+    assert [load.request_id for load in rig.told.snapshot().loads] == ["sent"]
     rig.clock.advance(RoutingConfig().lease_ttl_s)
     rig.operations.sweep()
     assert not rig.selector.load.active.any()

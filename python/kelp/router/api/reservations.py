@@ -66,6 +66,8 @@ class Reservations:
         """Count a request as active, the one of that name that was there before no longer."""
         self.free(decision.request.request_id, _GONE)
         self._ledger.reserve(decision)
+        # Its sender may take a while.
+        self._ledger.announce(decision)
         self._put(self._reserved, decision.settled())
 
     def commit(self, request_id: str) -> bool:

@@ -30,7 +30,7 @@ class Decision:
 
     def settled(self) -> Decision:
         """The same for as long as the request lives, without what only choosing and reserving need."""
-        return replace(self, way=None)
+        return Decision(self.request, self.decode, self.prefill, None, self.ttft_s, self.known_blocks)
 
     def reservable(self) -> Decision:
         """The same for as long as it may be reserved, without the figures of all candidates."""
