@@ -62,7 +62,8 @@ def test_memory_and_disk_are_full_for_a_while_and_empty_again(room: Room, tmp_pa
             running.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await running
-            assert not _is_full(folder)
+            # ext4 gives the blocks of a file that has gone back at its next commit.
+            await until(lambda folder=folder: not _is_full(folder), "room", 30)  # type: ignore[misc]
 
     asyncio.run(play())
 
