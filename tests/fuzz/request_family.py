@@ -34,7 +34,7 @@ from kelp.core.request import Prompt, parse_request
 from kelp.core.request_limits import RequestLimits
 from kelp.core.request_routing import EXPLAIN, PREFERRED_TAGS, REQUIRED_TAGS, WORKER, read_explained_id
 from kelp.core.schema_inputs import LLM_INPUTS_BY_NAME
-from kelp.core.types import Role
+from kelp.core.types import Role, SequenceHash
 from kelp.core.wire import decode_message, encode_message
 from kelp.text.chat_template import ChatTemplate
 from kelp.text.grammar import GrammarCompiler
@@ -158,7 +158,7 @@ def _preprocessed(raw: bytes) -> object:
 
 
 _ANSWER = encode_prepared(
-    PreparedPrompt(np.arange(3, dtype=np.int32), np.zeros(16, np.uint8), Prepared(seed_hash_hex="0" * 32), "p")
+    PreparedPrompt(np.arange(3, dtype=np.int32), [SequenceHash(bytes(16))], Prepared(seed_hash_hex="0" * 32), "p")
 )
 _CONVERSATION = [
     {"role": "user", "content": [{"type": "text", "text": "hi"}]},

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -108,11 +108,25 @@ def sequence_hashes(
     """Names of all full blocks of `tokens` `[num_tokens]` in order; a partial tail has none."""
     raw = np.ascontiguousarray(tokens, dtype="<i4").tobytes()
     size = block_size * _TOKEN_BYTES
+    blocks = [raw[start : start + size] for start in range(0, len(raw) - size + 1, size)]
+    if not media:
+        return _plain_hashes(blocks, seed)
     hashes: list[SequenceHash] = []
     parent = seed
-    for start in range(0, len(raw) - size + 1, size):
-        extra = media_extra(media, start // _TOKEN_BYTES, block_size) if media else b""
-        parent = _child_hash(parent, raw[start : start + size], extra)
+    for index, block in enumerate(blocks):
+        parent = _child_hash(parent, block, media_extra(media, index * block_size, block_size))
+        hashes.append(parent)
+    return hashes
+
+
+def _plain_hashes(blocks: Sequence[bytes], seed: SequenceHash) -> list[SequenceHash]:
+    """`_child_hash` of one after the other, without its calls: a prompt has hundreds, and waits for them twice."""
+    hashes: list[SequenceHash] = []
+    parent: Any = seed
+    for block in blocks:
+        digest = _new_block()
+        digest.update(parent + block)
+        parent = digest.digest()
         hashes.append(parent)
     return hashes
 

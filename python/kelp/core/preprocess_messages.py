@@ -5,7 +5,7 @@ Both ends use this module, so that no tensor is built or read anywhere else. Kno
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated
@@ -73,19 +73,14 @@ class PreparedPrompt:
 
     Attributes:
         input_ids: `[num_tokens] int32`.
-        block_hashes: `[num_full_blocks * 16] uint8`, in prompt order.
+        block_hashes: Names of the full blocks, in prompt order.
         prompt_text: The prompt as the model reads it; empty unless asked for.
     """
 
     input_ids: npt.NDArray[np.int32]
-    block_hashes: npt.NDArray[np.uint8]
+    block_hashes: Sequence[SequenceHash]
     message: Prepared
     prompt_text: str = ""
-
-    def sequence_hashes(self) -> list[SequenceHash]:
-        """The names of the full blocks."""
-        raw = self.block_hashes.tobytes()
-        return [SequenceHash(raw[start : start + HASH_BYTES]) for start in range(0, len(raw), HASH_BYTES)]
 
 
 def options_for(request: LlmRequest, block_size: int) -> PreprocessOptions:
@@ -166,7 +161,7 @@ def encode_prepared(prepared: PreparedPrompt) -> dict[str, Array]:
     """Outputs of `preprocess`."""
     return {
         "input_ids": prepared.input_ids,
-        "block_hashes": prepared.block_hashes,
+        "block_hashes": np.frombuffer(b"".join(prepared.block_hashes), dtype=np.uint8),
         "prompt_text": _bytes_tensor(prepared.prompt_text.encode()),
         "prepared": _bytes_tensor(encode_message(prepared.message)),
     }
@@ -178,12 +173,12 @@ def decode_prepared(tensors: Mapping[str, Array]) -> PreparedPrompt:
     Raises:
         ProtocolError: They are not what `encode_prepared` makes.
     """
-    block_hashes = _read_vector(tensors, "block_hashes", np.uint8).copy()
-    if block_hashes.size % HASH_BYTES:
-        raise ProtocolError(f"block_hashes: {block_hashes.size} bytes are not whole hashes of {HASH_BYTES}")
+    hashes = _read_vector(tensors, "block_hashes", np.uint8).tobytes()
+    if len(hashes) % HASH_BYTES:
+        raise ProtocolError(f"block_hashes: {len(hashes)} bytes are not whole hashes of {HASH_BYTES}")
     return PreparedPrompt(
         input_ids=_read_vector(tensors, "input_ids", np.int32).copy(),
-        block_hashes=block_hashes,
+        block_hashes=[SequenceHash(hashes[start : start + HASH_BYTES]) for start in range(0, len(hashes), HASH_BYTES)],
         message=decode_message(PREPARED, _read_bytes(tensors, "prepared"), "prepared"),
         prompt_text=_read_text(tensors, "prompt_text"),
     )

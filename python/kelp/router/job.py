@@ -73,7 +73,7 @@ class Job:
         return replace(
             self.routing,
             num_prompt_tokens=len(self.prompt.input_ids) + len(self.generated),
-            block_hashes=self.prompt.sequence_hashes(),
+            block_hashes=self.prompt.block_hashes,
             max_tokens=max(1, self.sampling.max_tokens - len(self.generated)),
             deadline_s=self.deadline_s,
             tenant=self.tenant_hex,

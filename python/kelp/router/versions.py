@@ -11,8 +11,6 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from kelp.core.hashing import seed_hash, sequence_hashes
 from kelp.core.metrics import VERSION_REQUESTS, Metrics
 from kelp.core.preprocess_messages import PreparedPrompt
@@ -99,10 +97,9 @@ def _fraction(key: str) -> float:
 
 def _renamed(prompt: PreparedPrompt, record: WorkerRecord, cache_salt: str) -> PreparedPrompt:
     seed = seed_hash(record.layout.model_id, "", cache_salt)
-    hashes = b"".join(sequence_hashes(prompt.input_ids, record.layout.block_size, seed))
     named = {"seed_hash_hex": seed.hex(), "model_id": record.layout.model_id}
     return replace(
         prompt,
-        block_hashes=np.frombuffer(hashes, dtype=np.uint8),
+        block_hashes=sequence_hashes(prompt.input_ids, record.layout.block_size, seed),
         message=prompt.message.model_copy(update=named),
     )

@@ -106,10 +106,9 @@ class Preprocessor:
         if options.guide is not None:
             self._grammars.compile(options.guide)
         seed = seed_hash(self.model_id, lora_id(options.lora_name, lora_digest), options.cache_salt)
-        hashes = b"".join(sequence_hashes(ids, options.block_size, seed))
         return PreparedPrompt(
             input_ids=ids,
-            block_hashes=np.frombuffer(hashes, dtype=np.uint8),
+            block_hashes=sequence_hashes(ids, options.block_size, seed),
             message=self._message(seed, lora_digest, options),
             prompt_text=text if options.return_prompt_text else "",
         )

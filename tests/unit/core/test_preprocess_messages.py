@@ -41,7 +41,7 @@ def test_a_prompt_of_any_form_arrives_as_sent(prompt):
 def test_a_prepared_prompt_arrives_as_sent():
     prepared = PreparedPrompt(
         input_ids=np.array([5, 6], dtype=np.int32),
-        block_hashes=np.arange(32, dtype=np.uint8),
+        block_hashes=[bytes(range(16)), bytes(range(16, 32))],
         message=Prepared(seed_hash_hex="0f" * 16, bad_words_ids=((1, 2), (3,)), lora_digest="f0" * 16),
         prompt_text="Grüße",
     )
@@ -50,12 +50,12 @@ def test_a_prepared_prompt_arrives_as_sent():
     arrived = decode_prepared(tensors)
     assert (arrived.message, arrived.prompt_text) == (prepared.message, "Grüße")
     assert arrived.input_ids.tolist() == [5, 6]
-    assert arrived.sequence_hashes() == [bytes(range(16)), bytes(range(16, 32))]
+    assert arrived.block_hashes == [bytes(range(16)), bytes(range(16, 32))]
 
 
 def test_the_tensors_have_the_types_of_the_schema():
     message = Prepared(seed_hash_hex="0f" * 16)
-    tensors = encode_prepared(PreparedPrompt(np.zeros(1, np.int32), np.zeros(0, np.uint8), message))
+    tensors = encode_prepared(PreparedPrompt(np.zeros(1, np.int32), [], message))
     assert {name: array.dtype for name, array in tensors.items()} == {
         spec.name: spec.datatype.numpy for spec in PREPROCESS.outputs
     }
@@ -74,7 +74,7 @@ def test_the_tensors_have_the_types_of_the_schema():
 )
 def test_a_malformed_answer_is_a_protocol_error_that_names_the_tensor(name, array):
     message = Prepared(seed_hash_hex="0f" * 16)
-    tensors = encode_prepared(PreparedPrompt(np.zeros(1, np.int32), np.zeros(0, np.uint8), message))
+    tensors = encode_prepared(PreparedPrompt(np.zeros(1, np.int32), [], message))
     with pytest.raises(ProtocolError) as caught:
         decode_prepared({**tensors, name: array})
     assert caught.value.text.startswith(name)

@@ -16,9 +16,7 @@ from kelp.core.preprocess_messages import Prepared, PreparedPrompt, encode_prepa
 from kelp.core.request import LlmRequest, Prompt
 from kelp_triton import router_model
 
-PREPARED = PreparedPrompt(
-    np.array([1, 2], dtype=np.int32), np.zeros(0, dtype=np.uint8), Prepared(seed_hash_hex="0" * 32)
-)
+PREPARED = PreparedPrompt(np.array([1, 2], dtype=np.int32), [], Prepared(seed_hash_hex="0" * 32))
 
 
 class Asked:

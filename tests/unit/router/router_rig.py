@@ -187,7 +187,7 @@ class FakeWorkers:
 def prepared(num_tokens: int = 4) -> PreparedPrompt:
     ids = np.arange(100, 100 + num_tokens, dtype=np.int32)
     message = Prepared(seed_hash_hex="0" * 32, model_id=LAYOUT.model_id)
-    return PreparedPrompt(ids, np.zeros(0, dtype=np.uint8), message, "the prompt ")
+    return PreparedPrompt(ids, [], message, "the prompt ")
 
 
 def job(num_tokens: int = 4, seconds_left: float = 60.0, generated: tuple[int, ...] = (), **sampling: object) -> Job:

@@ -83,7 +83,7 @@ def test_blocks_are_named_for_the_version_that_computes_them() -> None:
     prompt = versions.choose(prepared(9), request, "r")
     seed = seed_hash("n", "", "salt")
     assert prompt.message.seed_hash_hex == seed.hex()
-    assert prompt.sequence_hashes() == list(sequence_hashes(prompt.input_ids, 4, seed)) and len(prompt.input_ids) == 9
+    assert prompt.block_hashes == list(sequence_hashes(prompt.input_ids, 4, seed)) and len(prompt.input_ids) == 9
 
 
 def test_a_request_keeps_its_version_when_its_worker_dies() -> None:

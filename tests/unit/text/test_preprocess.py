@@ -64,13 +64,13 @@ def test_full_blocks_are_hashed_from_a_seed_of_model_adapter_and_salt(preprocess
     prepared = preprocessor.prepare(prompt, _options(cache_salt="tenant"))
     seed = seed_hash(model_identity(model_folder), "", "tenant")
     assert prepared.message.seed_hash_hex == seed.hex()
-    assert prepared.sequence_hashes() == sequence_hashes(prompt.input_ids, 4, seed)
-    assert len(prepared.sequence_hashes()) == 2
+    assert prepared.block_hashes == sequence_hashes(prompt.input_ids, 4, seed)
+    assert len(prepared.block_hashes) == 2
 
 
 def test_another_salt_shares_no_block(preprocessor):
     def hashes(salt):
-        return set(preprocessor.prepare(_ids(*range(64)), _options(cache_salt=salt)).sequence_hashes())
+        return set(preprocessor.prepare(_ids(*range(64)), _options(cache_salt=salt)).block_hashes)
 
     assert len(hashes("a")) == 16
     assert not hashes("a") & hashes("b")
@@ -92,7 +92,7 @@ def test_blocks_are_shared_within_one_content_of_one_adapter_only(model_folder, 
         prepared = Preprocessor(model_folder, lora_adapters=adapters).prepare(
             _ids(*range(64)), _options(lora_name=lora_name)
         )
-        return frozenset(prepared.sequence_hashes())
+        return frozenset(prepared.block_hashes)
 
     before = [hashes(name) for name in ("", "sql", "chat")]
     assert [hashes(name) for name in ("", "sql", "chat")] == before
