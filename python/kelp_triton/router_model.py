@@ -8,6 +8,7 @@ import logging
 from kelp.build.preprocess import build_preprocessor
 from kelp.build.router import RouterAssembly
 from kelp.core.config import KelpConfig
+from kelp.core.one_cpu import settle_on_one_cpu
 from kelp.core.preprocess_messages import (
     PreparedPrompt,
     PreprocessOptions,
@@ -63,6 +64,9 @@ class RouterModel(KelpModel):
             _log.warning(
                 "tritonserver runs without --model-control-mode=explicit: workers cannot be added or recovered"
             )
+        if self.config.router.one_cpu:
+            number = self.instance_name.rpartition("_")[2]
+            _log.info("keeps to CPU %s", settle_on_one_cpu(int(number) if number.isdecimal() else 0))
         preprocess = await asyncio.to_thread(SizedPreprocess, self.config)
         server = self.config.server
         router_id = f"{server.host}:{server.grpc_port or flags.grpc_port}/{self.instance_name}"

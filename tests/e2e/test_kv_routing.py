@@ -38,10 +38,10 @@ def load(served: KelpServer) -> SessionLoad:
     return SessionLoad(served, Reference(), seed=4)
 
 
-def test_each_router_is_a_process_of_its_own_and_knows_the_others(served: KelpServer) -> None:
+def test_each_router_is_a_process_of_its_own_on_one_cpu_and_knows_the_others(served: KelpServer) -> None:
     assert len(list(served.registry_folder.glob("*.router.json"))) == NUM_ROUTERS
-    stubs = {argument for process in served.family() for argument in process.cmdline() if argument.startswith("llm_0_")}
-    assert len(stubs) == NUM_ROUTERS
+    stubs = [process for process in served.family() if any(part.startswith("llm_0_") for part in process.cmdline())]
+    assert [len(process.cpu_affinity()) for process in stubs] == [1] * NUM_ROUTERS
 
     def known() -> list[float]:
         return [sample.value for sample in samples(served)["kelp_routers_known"]]

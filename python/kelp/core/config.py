@@ -182,6 +182,9 @@ class RouterConfig(_Group):
     """Refuse larger prompts before looking at them."""
     inline_prompt_chars: Annotated[int, Field(ge=0)] = 16 * 1024
     """Prompts up to this length are tokenised by the router itself, longer ones by `preprocess`; 0 for all by it."""
+    one_cpu: bool = True
+    """Each router's process keeps to one CPU, which it chooses when it starts (`core.one_cpu`); false leaves it to the
+    system."""
     max_stop_words: Annotated[int, Field(ge=1)] = 64
     """Entries in `stop_words` and in `bad_words`."""
     max_return_sequences: Annotated[int, Field(ge=1)] = 16
