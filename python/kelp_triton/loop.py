@@ -59,7 +59,8 @@ class LoopThread:
         self._thread.join(timeout=10.0)
         if not self._thread.is_alive():
             self._loop.close()
-            os.close(self._bell)
+            bell, self._bell = self._bell, -1
+            os.close(bell)
 
 
 async def _cancel_others() -> None:

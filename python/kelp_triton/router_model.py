@@ -66,7 +66,7 @@ class RouterModel(KelpModel):
             )
         if self.config.router.one_cpu:
             number = self.instance_name.rpartition("_")[2]
-            _log.info("keeps to CPU %s", settle_on_one_cpu(int(number) if number.isdecimal() else 0))
+            settle_on_one_cpu(int(number) if number.isdecimal() else 0)
         preprocess = await asyncio.to_thread(SizedPreprocess, self.config)
         server = self.config.server
         router_id = f"{server.host}:{server.grpc_port or flags.grpc_port}/{self.instance_name}"

@@ -161,5 +161,8 @@ def new_word_cache(
         return None
     cache = WordCache(pattern, added, merge)
     probe = "".join([_PROBE, *(content + " a" for content in added)])[:_MAX_CHARS]
-    found = cache.encode(probe)
-    return cache if found is not None and found.tolist() == encode(probe) else None
+    for text in (probe, " ".join(probe.split())):
+        found = cache.encode(text)
+        if found is None or found.tolist() != encode(text):
+            return None
+    return cache

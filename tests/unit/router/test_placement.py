@@ -290,7 +290,7 @@ def test_nothing_is_counted_after_the_end() -> None:
     run(scene())
 
 
-def test_a_request_that_was_never_sent_is_counted_nowhere() -> None:
+def test_a_request_that_was_never_sent_is_not_announced_afterwards() -> None:
     async def scene() -> None:
         chosen = desk(record("d1"))
         placement = await place(chosen, "r")

@@ -117,14 +117,16 @@ def neighbours(
     mine: Sequence[SequenceHash], offset: int, hashes: Sequence[SequenceHash], start: int
 ) -> tuple[int, int]:
     """`(lowest offset, number)` of blocks from `hashes[start]` on that stand in a row, forwards or backwards."""
-    most = len(hashes) - start
+    most = min(len(hashes) - start, len(mine))
     if most == 1:
         return offset, 1
-    asked = list(hashes[start:])
-    count = _num_equal(mine[offset : offset + most], asked)
-    if count > 1:
-        return offset, count
-    count = _num_equal(mine[max(0, offset - most + 1) : offset + 1][::-1], asked)
+    second = hashes[start + 1]
+    if offset + 1 < len(mine) and mine[offset + 1] == second:
+        return offset, _num_equal(mine[offset : offset + most], list(hashes[start : start + most]))
+    if not offset or mine[offset - 1] != second:
+        return offset, 1
+    backwards = mine[max(0, offset - most + 1) : offset + 1][::-1]
+    count = _num_equal(backwards, list(hashes[start : start + most]))
     return offset - count + 1, count
 
 
